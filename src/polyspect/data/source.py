@@ -1,0 +1,107 @@
+"""What every data set looks like from above: categories, splits, records of parts, and a way to read one part.
+
+A reader is a class with the methods of `Reader`. It lists parts without opening them (a `Record` each) and reads one
+part into a `Sample`. Originals are never written to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..errors import ConfigError, nearest_names
+from ..samples import Sample
+
+READERS: dict[str, str] = {
+    "mvtec3d": "polyspect.data.mvtec3d:MVTec3D",
+    "eyecandies": "polyspect.data.eyecandies:Eyecandies",
+    "folder": "polyspect.data.folder:Folder",
+}
+"""Reader name -> where its class is; imported when used."""
+
+
+@dataclass(frozen=True)
+class Record:
+    """One part as the file system shows it, before anything is opened.
+
+    Attributes:
+        id: ``"category/split/defect/stem"``; unique within the data set.
+        category: Category in the data set's spelling.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
+        defect: Defect type in the data set's spelling, ``"good"`` for good parts, None unknown (new parts).
+        label: 0 good, 1 anomalous, None unknown. From the folder or CSV, never from the mask.
+        files: Role -> file. Roles are modality names, plus ``"mask"`` and ``"intrinsics"``.
+    """
+
+    id: str
+    category: str
+    split: str
+    defect: str | None
+    label: int | None
+    files: Mapping[str, Path]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def input_files(self) -> list[Path]:
+        """The files a detector may see: everything but the ground truth."""
+        return [path for role, path in sorted(self.files.items()) if role != "mask"]
+
+
+class Reader(Protocol):
+    """A data set in one of the supported layouts."""
+
+    name: str
+    root: Path
+
+    def categories(self) -> list[str]:
+        """All categories under `root`, sorted."""
+        ...
+
+    def records(self, category: str, split: str) -> list[Record]:
+        """All parts of one split, sorted by id.
+
+        Raises:
+            DataError: unknown category (names the nearest), missing split, empty train split, a part without one of
+                its files (names it).
+        """
+        ...
+
+    def read(self, record: Record) -> Sample:
+        """Open the files of one part.
+
+        Raises:
+            DataError: names the file, what was found, what was expected and the remedy.
+        """
+        ...
+
+
+def open_reader(name: str, root: str | Path, **options: Any) -> Reader:
+    """The reader called `name` over the data set at `root`.
+
+    Raises:
+        ConfigError: no reader of that name; names the nearest.
+        DataError: `root` is not a folder.
+    """
+    if name not in READERS:
+        raise ConfigError(f"unknown data reader '{name}': {nearest_names(name, READERS)}")
+    module, _, cls = READERS[name].partition(":")
+    reader: Reader = getattr(importlib.import_module(module), cls)(Path(root), **options)
+    return reader
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file's bytes, as 64 hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_hash(record: Record) -> str:
+    """sha256 over the content of all input files of a part (not its name, not its ground truth)."""
+    digest = hashlib.sha256()
+    for role, path in sorted(record.files.items()):
+        if role != "mask":
+            digest.update(f"{role}:{file_hash(path)}\n".encode())
+    return digest.hexdigest()

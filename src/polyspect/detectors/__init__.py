@@ -1,0 +1,29 @@
+"""The methods: one file each. `DETECTORS` maps a method's name to where its class is; it is imported when used."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+from ..errors import ConfigError, nearest_names
+
+if TYPE_CHECKING:
+    from .contract import Detector
+
+DETECTORS: dict[str, str] = {
+    "patchcore": "polyspect.detectors.patchcore:PatchCore",
+    "crd": "polyspect.detectors.crd:CRD",
+}
+
+
+def detector_class(name: str) -> type[Detector]:
+    """The class of the method called `name`.
+
+    Raises:
+        ConfigError: no method of that name; names the nearest.
+    """
+    if name not in DETECTORS:
+        raise ConfigError(f"unknown detector '{name}': {nearest_names(name, DETECTORS)}")
+    module, _, cls = DETECTORS[name].partition(":")
+    found: type[Detector] = getattr(importlib.import_module(module), cls)
+    return found
