@@ -122,7 +122,9 @@ class Detector(nn.Module):
             DataError: a modality that the detector needs is missing from the batch.
         """
         if not bool(self.fitted):
-            raise NotFittedError(f"{type(self).__name__} is not fitted: fit it, or load a model file, before predicting")
+            raise NotFittedError(
+                f"{type(self).__name__} is not fitted: fit it, or load a model file, before predicting"
+            )
         self.check_batch(batch)
         return self.score(self.extract(batch))
 
@@ -178,7 +180,7 @@ class Detector(nn.Module):
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed torch's global RNG inside the block and put its state back afterwards (CPU and current CUDA devices)."""
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+    with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
         torch.manual_seed(seed)
         yield
 
