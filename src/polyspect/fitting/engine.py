@@ -66,7 +66,7 @@ class Engine:
         self.progress = progress or Progress()
         accelerator = pick_accelerator(config.device)
         with _quiet_fabric():
-            self.fabric = Fabric(accelerator=accelerator, devices=1, precision=config.precision)  # type: ignore[arg-type]
+            self.fabric = Fabric(accelerator=accelerator, devices=1, precision=config.precision)
 
     def fit(self, detector: Detector, splits: dict[Split, PartSource], *, resume: bool = False) -> Detector:
         """Run all stages and mark the detector fitted. The detector stays on the device, in eval mode.

@@ -109,8 +109,8 @@ class FeatureStore:
             arrays = {name: tensor.cpu().numpy() for name, tensor in features.items()}
             if self._done is None:
                 self._create(arrays)
-                if block >= len(self._done):
-                    continue
+            if block >= len(self._done):
+                continue
             for name, array in arrays.items():
                 self._rows[name][members.start : members.stop] = array
             if self._folder is not None:
@@ -122,7 +122,7 @@ class FeatureStore:
         per_part = sum(array[0].nbytes for array in arrays.values())
         fitting = min(self.count, self._max_bytes // max(per_part, 1))
         blocks = -(-self.count // self._block) if fitting == self.count else fitting // self._block
-        index = {
+        index: dict[str, Any] = {
             "count": self.count,
             "block": self._block,
             "capacity": min(self.count, blocks * self._block),
@@ -131,12 +131,12 @@ class FeatureStore:
         }
         if blocks * self._block < self.count:
             log.warning(
-                "the feature cache holds %d of %d parts (%.1f MiB each, limit %.0f MiB); the others are computed each epoch",
+                "the feature cache holds %d of %d parts (%.1f MiB each, limit %.0f MiB); the rest is computed each epoch",
                 index["capacity"], self.count, per_part / 2**20, self._max_bytes / 2**20,
             )  # fmt: skip
         if self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
-            for position, spec in enumerate(index["arrays"].values()):  # type: ignore[attr-defined]
+            for position, spec in enumerate(index["arrays"].values()):
                 size = int(np.prod([index["capacity"], *spec["shape"]])) * np.dtype(spec["dtype"]).itemsize
                 with open(self._folder / f"{position}.bin", "wb") as file:
                     file.truncate(size)
@@ -167,7 +167,7 @@ def store_key(extractor: str, parts: Sequence[str], precision: str) -> str:
 
 
 def make_room(folder: Path, max_bytes: int, keep: set[str]) -> None:
-    """Delete the least recently used stores under `folder` until at most `max_bytes` are taken; never those in `keep`."""
+    """Delete the least recently used stores under `folder` until at most `max_bytes` are taken; never one in `keep`."""
     if not folder.is_dir():
         return
     stores = []

@@ -24,7 +24,7 @@ FORMAT = 1
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write tensors and a JSON header to `path`: beside it first, flushed, then renamed, so no half file is ever seen."""
+    """Write tensors and a JSON header beside `path`, flush, then rename, so that no half file is ever seen."""
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     path.parent.mkdir(parents=True, exist_ok=True)

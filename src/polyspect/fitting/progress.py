@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
+Kind = type[BaseException] | None
+
 
 class Progress:
     """Shows nothing; the base and the default of library calls.
@@ -73,17 +75,18 @@ class TerminalProgress(Progress):
             bar = self._bars.add_task(name, total=total, note="")
             yield lambda n=1, note="": self._bars.update(bar, advance=n, **({"note": note} if note else {}))
             return
-        last = {"done": 0, "note": "", "said": started}
+        done, said, latest = 0, started, ""
 
         def advance(n: int = 1, note: str = "") -> None:
-            last["done"] += n
-            last["note"] = note or last["note"]
-            if time.monotonic() - last["said"] > 15:  # a sign of life for logs, not a line per batch
-                last["said"] = time.monotonic()
-                print(f"  {name}: {last['done']}/{total} {last['note']}".rstrip(), file=sys.stderr, flush=True)
+            nonlocal done, said, latest
+            done, latest = done + n, note or latest
+            if time.monotonic() - said > 15:  # a sign of life for logs, not a line per batch
+                said = time.monotonic()
+                _say(f"{name}: {done}/{total} {latest}")
 
         yield advance
-        seconds = time.monotonic() - started
-        print(
-            f"  {name}: {last['done']}/{total} in {seconds:.1f} s {last['note']}".rstrip(), file=sys.stderr, flush=True
-        )
+        _say(f"{name}: {done}/{total} in {time.monotonic() - started:.1f} s {latest}")
+
+
+def _say(text: str) -> None:
+    print(f"  {text}".rstrip(), file=sys.stderr, flush=True)
