@@ -43,7 +43,7 @@ MODALITIES: dict[str, Modality] = {
     "depth": Modality(1, "metres", geometric=True),
     "normals": Modality(3, "unit vectors, camera frame", geometric=True),
 }
-"""The modalities whose meaning is fixed by their name. Any other name is an extra image-like channel set, read as RGB is."""
+"""The modalities whose meaning is fixed by their name. Any other name is an extra image-like view, read as RGB is."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,3 +27,13 @@ def detector_class(name: str) -> type[Detector]:
     module, _, cls = DETECTORS[name].partition(":")
     found: type[Detector] = getattr(importlib.import_module(module), cls)
     return found
+
+
+def describe(name: str) -> str:
+    """The first line of a method's module docstring, read without importing the method."""
+    import ast
+    from pathlib import Path
+
+    module = DETECTORS[name].partition(":")[0].rpartition(".")[2]
+    text = ast.get_docstring(ast.parse((Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8")))
+    return (text or "").split("\n", 1)[0]

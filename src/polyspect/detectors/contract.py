@@ -24,6 +24,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from ..config import build_config
 from ..errors import ConfigError, DataError, ModelFileError, NotFittedError, nearest_names
 from ..samples import Batch, Features, Prediction
 
@@ -76,6 +77,7 @@ class Detector(nn.Module):
     Class attributes:
         Config: Frozen keyword-only dataclass; the schema of everything that can be set.
         PRESETS: Preset name -> config values that differ from the defaults. Always has ``paper`` and ``fast``.
+        PREPARATION: Preset name -> name of the preparation that goes with it, where it is not the default one.
         frozen: Names of the submodules that `extract` uses. They are kept in eval mode and take no gradient.
 
     A subclass's constructor takes ``(config, *, pretrained=True)``; with ``pretrained=False`` networks are only built,
@@ -85,6 +87,7 @@ class Detector(nn.Module):
 
     Config: ClassVar[type[Any]]
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]]
+    PREPARATION: ClassVar[Mapping[str, str]] = {}
     frozen: ClassVar[tuple[str, ...]] = ()
     fitted: Tensor  # () bool
 
@@ -195,25 +198,3 @@ def configure(detector: type[Detector], values: Mapping[str, Any] | None = None,
         raise ConfigError(f"unknown preset '{preset}': {nearest_names(preset, detector.PRESETS)}")
     chosen = {**(detector.PRESETS[preset] if preset else {}), **(values or {})}
     return build_config(detector.Config, chosen)
-
-
-def build_config(cls: type[Any], values: Mapping[str, Any]) -> Any:
-    """An instance of the dataclass `cls` from plain values (as YAML gives them), checked field by field.
-
-    Raises:
-        ConfigError: unknown field (names the nearest), or a value of the wrong type or out of range.
-    """
-    fields = {field.name for field in dataclasses.fields(cls)}
-    for key in values:
-        if key not in fields:
-            raise ConfigError(f"unknown setting '{key}' of {cls.__name__}: {nearest_names(key, fields)}")
-    from jsonargparse import ArgumentError, ArgumentParser, Namespace
-
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(cls, "config")
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
-    try:
-        parsed = parser.instantiate_classes(parser.parse_object(Namespace(config=plain).as_dict()))
-    except ArgumentError as error:
-        raise ConfigError(f"bad setting of {cls.__name__}: {' '.join(str(error).split())}") from None
-    return parsed.config

@@ -136,7 +136,7 @@ class Engine:
         with self.progress.task(stage.name, epochs) as advance:
             advance(first_epoch)
             for epoch in range(first_epoch, epochs):
-                done = epoch * math.ceil(len(parts) / stage.batch_size)
+                done = epoch * updates_per_epoch(len(parts), stage.batch_size)
                 terms = self._epoch(detector, stage, store, parameters, stepper, schedule, (index, epoch), steps - done)
                 if schedule is not None and stage.schedule_every == "epoch":
                     schedule.step()
@@ -284,6 +284,12 @@ def shuffled_batches(count: int, batch_size: int, seed: int) -> list[list[int]]:
     return batches
 
 
+def updates_per_epoch(count: int, batch_size: int) -> int:
+    """How many batches `shuffled_batches` makes."""
+    joined = batch_size > 1 and count > batch_size and count % batch_size == 1
+    return math.ceil(count / batch_size) - joined
+
+
 def derive_seed(seed: int, *place: int) -> int:
     """A 63-bit seed from a fit's seed and the place (stage, epoch, ...) where it is used."""
     digest = hashlib.sha256(json.dumps([seed, *place]).encode()).digest()
@@ -335,7 +341,8 @@ def _length(stage: Optimise, count: int) -> tuple[int, float]:
         raise ConfigError(f"stage '{stage.name}' must give either epochs or steps")
     if stage.epochs is not None:
         return stage.epochs, math.inf
-    return math.ceil((stage.steps or 0) / math.ceil(count / stage.batch_size)), float(stage.steps or 0)
+    steps = stage.steps or 0
+    return math.ceil(steps / updates_per_epoch(count, stage.batch_size)), float(steps)
 
 
 def _plain_schedule(schedule: Any) -> dict[str, Any] | None:

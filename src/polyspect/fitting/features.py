@@ -131,7 +131,7 @@ class FeatureStore:
         }
         if blocks * self._block < self.count:
             log.warning(
-                "the feature cache holds %d of %d parts (%.1f MiB each, limit %.0f MiB); the rest is computed each epoch",
+                "the feature cache holds %d of %d parts (%.1f MiB each, limit %.0f MiB); the rest is computed anew",
                 index["capacity"], self.count, per_part / 2**20, self._max_bytes / 2**20,
             )  # fmt: skip
         if self._folder is not None:

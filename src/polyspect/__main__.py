@@ -1,0 +1,5 @@
+"""``python -m polyspect``."""
+
+from .cli import main
+
+raise SystemExit(main())

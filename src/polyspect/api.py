@@ -1,0 +1,339 @@
+"""The whole road in four calls: `fit`, `load`, `predict`, `evaluate` (re-exported as ``polyspect.fit`` and so on)."""
+
+from __future__ import annotations
+
+import logging
+import random
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .calibration import Calibration, calibrate, check_no_leak
+from .config import build_config
+from .data.files import files_sample, guess_roles
+from .data.parts import OnError, Parts
+from .data.preparation import PREPARATIONS, Preparation, fit_depth_scale
+from .data.prepared_cache import PreparedCache
+from .data.source import Reader, Record, file_hash, open_reader
+from .detectors import detector_class
+from .detectors.contract import Detector, configure
+from .errors import CalibrationError, ConfigError, DataError, nearest_names
+from .evaluation.evaluate import evaluate as _evaluate
+from .evaluation.results import Results
+from .fitting.progress import Progress
+from .model import Model, PartResult
+
+log = logging.getLogger("polyspect")
+
+HELD_OUT = 0.15  # share of the training parts kept for calibration where a data set has no validation split
+
+
+def fit(
+    detector: str,
+    *,
+    data: str = "mvtec3d",
+    root: str | Path,
+    category: str,
+    out: str | Path | None = None,
+    preset: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    preparation: str | None = None,
+    prepare: Mapping[str, Any] | None = None,
+    reader_options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    device: str = "auto",
+    precision: str = "32-true",
+    cache: str | Path | None = None,
+    cache_gb: float = 8.0,
+    false_reject: float = 0.05,
+    confidence: float = 0.95,
+    max_train: int | None = None,
+    resume: bool = False,
+    on_error: OnError = "raise",
+    progress: Progress | None = None,
+) -> Model:
+    """Fit a detector on the good training parts of one category, calibrate it on validation parts, save one file.
+
+    Args:
+        detector: Name, see `polyspect.DETECTORS`.
+        data: Reader: ``mvtec3d``, ``eyecandies`` or ``folder``.
+        root: Folder of the data set.
+        category: Category in the data set's spelling.
+        out: Model file to write; while fitting, a checkpoint lies beside it.
+        preset: Named settings of the detector (``paper``, ``fast``).
+        settings: Single settings of the detector; they win over the preset.
+        preparation: Named preparation; by default the one that goes with the preset.
+        prepare: Single settings of the preparation; they win.
+        reader_options: Options of the reader.
+        seed: Order of batches and the held-out share.
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+        precision: ``32-true``, ``bf16-mixed`` or ``16-mixed``.
+        cache: Folder for prepared parts and features; None keeps features in memory and prepares parts anew.
+        cache_gb: Most that cached features may take.
+        false_reject: Wished share of good parts that may be rejected.
+        confidence: Confidence of the statement on it.
+        max_train: Use only this many training parts, drawn by `seed` (few-shot).
+        resume: Go on from the checkpoint beside `out`.
+        on_error: ``skip`` leaves bad parts out and lists them in ``model.info["skipped"]``.
+        progress: Where progress is shown.
+
+    Raises:
+        ConfigError: unknown detector, preset or setting (names the nearest), or a value out of range.
+        DataError: a file or split is not what it should be.
+        WeightsError: pretrained weights cannot be had.
+        CalibrationError: a validation part is also a test part.
+    """
+    kind, config, chosen = _choose(detector, preset, settings, preparation, prepare)
+    reader = open_reader(data, root, **(reader_options or {}))
+    train, validation, source = _splits(reader, category, seed, max_train)
+    check_no_leak(
+        {record.id: [file_hash(path) for path in record.input_files()] for record in validation},
+        _hashes(reader, category),
+    )
+    progress = progress or Progress()
+    cache_folder = Path(cache) if cache else None
+    common: dict[str, Any] = {
+        "modalities": config.modalities,
+        "cache": PreparedCache(cache_folder / "prepared" if cache_folder else None),
+        "on_error": on_error,
+    }
+    parts = Parts(reader, train, chosen, **common)
+    held = Parts(reader, validation, chosen, **common)
+    from .fitting.engine import Engine, EngineConfig  # torch loads here, after the cheap checks
+
+    engine_config = EngineConfig(
+        seed=seed,
+        device=device,
+        precision=precision,
+        cache=str(cache_folder) if cache_folder else None,
+        cache_bytes=int(cache_gb * 2**30),
+    )
+    with progress:
+        with progress.task("prepare", len(train) + len(validation)) as advance:
+            parts.check(advance=advance)
+            held.check(advance=advance)
+        if chosen.depth_range == "category" and "depth" in config.modalities:
+            parts.scale = held.scale = fit_depth_scale(parts.samples())
+        checkpoint = Path(f"{out}.checkpoint") if out else None
+        engine = Engine(engine_config, checkpoint=checkpoint, progress=progress)
+        network = kind(config)  # type: ignore[call-arg]
+        fitted = engine.fit(network, {"train": parts, "validation": held}, resume=resume)
+        model = Model(detector, fitted, chosen, parts.scale, None, _info(fitted, reader, category, parts, held, seed))
+        with progress.task("calibrate", len(held)) as advance:
+            model.calibration = _calibrate(model, held, false_reject, confidence, source, advance)
+    if out is not None:
+        model.save(out)
+    return model
+
+
+def load(path: str | Path, device: str = "auto") -> Model:
+    """Read a fitted model; see `Model.load`."""
+    return Model.load(path, device)
+
+
+def predict(
+    model: Model | str | Path,
+    *paths: str | Path,
+    data: str | None = None,
+    root: str | Path | None = None,
+    category: str | None = None,
+    split: str = "test",
+    reader_options: Mapping[str, Any] | None = None,
+    intrinsics: str | Path | None = None,
+    on_error: OnError = "raise",
+    skipped: list[tuple[str, str]] | None = None,
+) -> Iterable[PartResult]:
+    """Judge new parts: the files of one part, a folder of parts, or a split of a data set. Lazy.
+
+    Args:
+        model: A model or its file.
+        paths: The files of one part (say its RGB and xyz file), or one folder of parts without ground truth.
+        data: Reader, for parts of a data set (then `root` and `category` too).
+        root: Folder of the data set.
+        category: Category in the data set's spelling.
+        split: Which split of it.
+        reader_options: Options of the reader.
+        intrinsics: Camera file, where a depth image is among `paths`.
+        on_error: ``skip`` leaves bad parts out.
+        skipped: Filled with (id, reason) of each part left out.
+
+    Raises:
+        DataError: a file is missing or not what it should be.
+    """
+    fitted = model if isinstance(model, Model) else load(model)
+    if data is None and len(paths) >= 1 and not Path(paths[0]).is_dir():
+        sample = files_sample(guess_roles([Path(p) for p in paths]), intrinsics=intrinsics)
+        return [fitted.predict_sample(sample)]
+    if data is None:
+        if len(paths) != 1:
+            raise ConfigError(
+                "give the files of one part, or one folder of parts, or a data set by data, root, category"
+            )
+        reader: Reader = open_reader("folder", paths[0], **(reader_options or {}))
+        records = [record for name in reader.categories() for record in reader.records(name, split)]
+    else:
+        if root is None or category is None:
+            raise ConfigError("predicting a data set needs its root and a category")
+        reader = open_reader(data, root, **(reader_options or {}))
+        records = reader.records(category, split)
+    parts = Parts(reader, records, fitted.preparation, modalities=fitted.modalities, on_error=on_error)
+    parts.check()
+    if skipped is not None:
+        skipped.extend(parts.skipped)
+    return fitted.predict(parts)
+
+
+def evaluate(
+    model: Model | str | Path,
+    *,
+    data: str = "mvtec3d",
+    root: str | Path,
+    category: str,
+    split: str = "test",
+    out: str | Path | None = None,
+    reader_options: Mapping[str, Any] | None = None,
+    bootstrap: int = 200,
+    cache: str | Path | None = None,
+    on_error: OnError = "raise",
+    progress: Progress | None = None,
+) -> Results:
+    """Evaluate a model on a labelled split: metrics with intervals, per defect type, per modality; a results folder.
+
+    Args:
+        model: A model or its file.
+        data: Reader.
+        root: Folder of the data set.
+        category: Category in the data set's spelling.
+        split: Which split.
+        out: Folder for results.json, parts.csv, the maps and report.html; None writes nothing.
+        reader_options: Options of the reader.
+        bootstrap: Resamples for the intervals; 0 for none.
+        cache: Folder for prepared parts.
+        on_error: ``skip`` leaves bad parts out and lists them in the results.
+        progress: Where progress is shown.
+
+    Raises:
+        DataError: a file or split is not what it should be.
+    """
+    fitted = model if isinstance(model, Model) else load(model)
+    reader = open_reader(data, root, **(reader_options or {}))
+    prepared = PreparedCache(Path(cache) / "prepared" if cache else None)
+    parts = Parts(
+        reader,
+        reader.records(category, split),
+        fitted.preparation,
+        modalities=fitted.modalities,
+        cache=prepared,
+        on_error=on_error,
+    )
+    about = {"reader": data, "category": category, "split": split, "synthetic": (Path(root) / "SYNTHETIC.md").is_file()}
+    path = None if isinstance(model, Model) else Path(model)
+    return _evaluate(
+        fitted, parts, about, out=Path(out) if out else None, path=path, resamples=bootstrap, progress=progress
+    )
+
+
+# -- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def _choose(
+    detector: str,
+    preset: str | None,
+    settings: Mapping[str, Any] | None,
+    preparation: str | None,
+    prepare: Mapping[str, Any] | None,
+) -> tuple[type[Detector], Any, Preparation]:
+    """The detector's class, its config, and the preparation, all checked before any work starts."""
+    kind = detector_class(detector)
+    config = configure(kind, settings, preset)
+    name = preparation or kind.PREPARATION.get(preset or "", "default")
+    if name not in PREPARATIONS:
+        raise ConfigError(f"unknown preparation '{name}': {nearest_names(name, PREPARATIONS)}")
+    chosen = build_config(Preparation, {**asdict(PREPARATIONS[name]), **(prepare or {})})
+    return kind, config, chosen
+
+
+def _splits(reader: Reader, category: str, seed: int, max_train: int | None) -> tuple[list[Record], list[Record], str]:
+    """Training and validation parts, good ones only, and where the validation parts came from."""
+    train = [record for record in reader.records(category, "train") if record.label != 1]
+    if max_train is not None:
+        if max_train < 1:
+            raise ConfigError(f"max_train is {max_train}: at least one part is needed")
+        train = sorted(random.Random(seed).sample(train, min(max_train, len(train))), key=lambda record: record.id)
+    if reader.has_split(category, "validation"):
+        validation = [record for record in reader.records(category, "validation") if record.label != 1]
+        if validation:
+            return train, validation, "the data set's own validation split"
+    count = max(1, round(HELD_OUT * len(train)))
+    if len(train) < 2:
+        raise DataError(
+            f"category '{category}' has {len(train)} good training part and no validation split: "
+            f"at least two good parts are needed, one to learn from and one to calibrate on"
+        )
+    held = set(random.Random(seed).sample([record.id for record in train], count))
+    log.warning("no validation split: %d of %d training parts are held out for calibration", count, len(train))
+    return (
+        [record for record in train if record.id not in held],
+        [record for record in train if record.id in held],
+        f"{count} training parts held out by seed {seed}",
+    )
+
+
+def _hashes(reader: Reader, category: str) -> dict[str, list[str]]:
+    """Content hashes of the input files of the test split: file hash -> ids that have it."""
+    found: dict[str, list[str]] = {}
+    if reader.has_split(category, "test"):
+        for record in reader.records(category, "test"):
+            found[record.id] = [file_hash(path) for path in record.input_files()]
+    return found
+
+
+def _info(fitted: Detector, reader: Reader, category: str, parts: Parts, held: Parts, seed: int) -> dict[str, Any]:
+    import numpy
+    import timm
+    import torch
+
+    return {
+        "seed": seed,
+        "versions": {
+            "polyspect": __version__,
+            "python": ".".join(map(str, sys.version_info[:3])),
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "numpy": numpy.__version__,
+        },
+        "weights": {
+            name: source
+            for name in fitted.frozen
+            if (source := getattr(fitted.get_submodule(name), "weights_source", None)) is not None
+        },
+        "data": {
+            "reader": reader.name,
+            "category": category,
+            "train": len(parts),
+            "validation": len(held),
+            "fingerprint": parts.fingerprint(),
+        },
+        "skipped": [list(item) for item in parts.skipped + held.skipped],
+    }
+
+
+def _calibrate(
+    model: Model, held: Parts, false_reject: float, confidence: float, source: str, advance: Any
+) -> Calibration:
+    scores = []
+    for result in model.predict(held):
+        scores.append(result.score)
+        advance(1)
+    if not scores:
+        raise CalibrationError("no validation part is left to calibrate on")
+    return calibrate(scores, false_reject=false_reject, confidence=confidence, source=source)
+
+
+def parse_modalities(text: str | Sequence[str]) -> list[str]:
+    """``"rgb,depth"`` or a list of names -> list of names."""
+    names = text.split(",") if isinstance(text, str) else list(text)
+    return [name.strip() for name in names if name.strip()]

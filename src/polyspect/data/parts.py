@@ -1,0 +1,166 @@
+"""The prepared parts of one split: what the engine, the model and the evaluation loop over."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Literal
+
+from ..errors import ConfigError, DataError, PolyspectError
+from ..samples import MODALITIES, Sample
+from .batches import collate
+from .prepared_cache import PreparedCache
+from .preparation import DepthScale, Preparation
+from .source import Reader, Record, content_hash
+
+if TYPE_CHECKING:
+    from ..samples import Batch
+
+log = logging.getLogger("polyspect")
+
+OnError = Literal["raise", "skip"]
+
+
+class Parts:
+    """The parts of one split, read and prepared on demand.
+
+    Args:
+        reader: Where the records come from.
+        records: The parts, in order.
+        preparation: How each is prepared.
+        modalities: What the detector will ask for; parts that cannot supply it are errors here, at the edge.
+        scale: How the depth of this category is standardised; None until it has been fitted.
+        cache: Keeps prepared parts on disk.
+        on_error: ``"raise"``, or ``"skip"``: leave a bad part out and list it in `skipped`.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        records: Sequence[Record],
+        preparation: Preparation,
+        *,
+        modalities: Sequence[str] = (),
+        scale: DepthScale | None = None,
+        cache: PreparedCache | None = None,
+        on_error: OnError = "raise",
+    ) -> None:
+        if on_error not in ("raise", "skip"):
+            raise ConfigError(f"on_error is '{on_error}', expected 'raise' or 'skip'")
+        self.reader = reader
+        self.records = list(records)
+        self.preparation = preparation
+        self.modalities = tuple(modalities)
+        self.scale = scale
+        self.cache = cache or PreparedCache(None)
+        self.on_error = on_error
+        self.skipped: list[tuple[str, str]] = []  # (id, reason)
+        self._keys: list[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def check(self, look: Callable[[Sample], None] | None = None, advance: Callable[..., None] | None = None) -> Parts:
+        """Read and prepare every part once; `look` sees each good one. Bad ones raise, or are left out and listed.
+
+        Raises:
+            DataError: a part is bad and ``on_error == "raise"``, or no part is left.
+        """
+        kept = []
+        for record in self.records:
+            try:
+                sample = self._prepare(record)
+            except PolyspectError as error:
+                if self.on_error == "raise":
+                    raise
+                log.warning("skipped %s: %s", record.id, error)
+                self.skipped.append((record.id, str(error)))
+            else:
+                kept.append(record)
+                if look is not None:
+                    look(sample)
+            if advance is not None:
+                advance(1)
+        if self.records and not kept:
+            raise DataError(
+                f"none of the {len(self.records)} parts can be used; the first: {self.skipped[0][0]}: {self.skipped[0][1]}"
+            )
+        self.records, self._keys = kept, None
+        return self
+
+    def sample(self, index: int) -> Sample:
+        """The prepared part at `index`."""
+        return self._prepare(self.records[index])
+
+    def samples(self) -> Iterator[Sample]:
+        """All prepared parts, in order."""
+        return (self.sample(index) for index in range(len(self)))
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The prepared parts at `indices`, stacked."""
+        return collate([self.sample(index) for index in indices], self.preparation, self.scale)
+
+    def keys(self) -> list[str]:
+        """One key per part: changes with the content of its files, the preparation and the depth scale."""
+        if self._keys is None:
+            settings = json.dumps(
+                [asdict(self.preparation), self.scale.to_dict() if self.scale else None], sort_keys=True, default=str
+            )
+            self._keys = [
+                hashlib.sha256(f"{content_hash(record)}{settings}".encode()).hexdigest() for record in self.records
+            ]
+        return self._keys
+
+    def fingerprint(self) -> str:
+        """sha256 over the content of all parts, whatever their order or names."""
+        return fingerprint(self.records)
+
+    def _prepare(self, record: Record) -> Sample:
+        sample = self.cache.get(self.reader, record, self.preparation)
+        geometric = [name for name in self.modalities if name in MODALITIES and MODALITIES[name].geometric]
+        if geometric and "no_valid_points" in sample.meta.get("flags", ()):
+            raise DataError(
+                f"part '{record.id}' ({_name_file(record)}) has no valid 3D point: all are zero, NaN or marked invalid; "
+                f"check the sensor and the file, or leave the part out with --on-error skip"
+            )
+        missing = [name for name in self.modalities if name not in sample.images]
+        if missing:
+            raise DataError(
+                f"part '{record.id}' has no '{missing[0]}' (it has {', '.join(sample.images) or 'nothing'}): "
+                f"supply the file, or choose other modalities"
+            )
+        return sample
+
+
+def fingerprint(records: Iterable[Record]) -> str:
+    """sha256 over the content of parts, whatever their order or names."""
+    return hashlib.sha256("\n".join(sorted(content_hash(record) for record in records)).encode()).hexdigest()
+
+
+def prefetched(parts: Parts, batch_size: int) -> Iterator[tuple[range, list[Sample], Batch]]:
+    """Batches in order, the next one read in the background while the caller works on this one."""
+    groups = [range(first, min(first + batch_size, len(parts))) for first in range(0, len(parts), batch_size)]
+
+    def load(group: range) -> tuple[range, list[Sample], Batch]:
+        samples = [parts.sample(index) for index in group]
+        return group, samples, collate(samples, parts.preparation, parts.scale)
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(load, groups[0]) if groups else None
+        for following in [*groups[1:], None]:
+            if waiting is None:
+                return
+            ready = waiting.result()
+            waiting = pool.submit(load, following) if following is not None else None
+            yield ready
+
+
+def _name_file(record: Record) -> str:
+    for role in ("xyz", "depth", "normals"):
+        if role in record.files:
+            return str(record.files[role])
+    return ", ".join(str(path) for path in record.input_files())
