@@ -1,4 +1,4 @@
-"""The contract suite: every registered detector is held to it by being registered. Nothing here knows a method by name."""
+"""The contract suite: every registered detector is held to it by being registered. No method is known by name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from tiny import TinyParts, blinded, take, tiny_batch
 from torch.testing import assert_close
 
 from polyspect.data.preparation import Preparation
@@ -17,6 +16,7 @@ from polyspect.errors import ConfigError, DataError, ModelFileError, NotFittedEr
 from polyspect.fitting.engine import Engine, EngineConfig
 from polyspect.metrics import auroc
 from polyspect.model import Model
+from tiny import TinyParts, blinded, take, tiny_batch
 
 TRAIN, VALIDATION = TinyParts(range(12)), TinyParts(range(100, 104))
 SHORT = {"epochs": 4, "batch_size": 4}  # applied where a method has such a setting

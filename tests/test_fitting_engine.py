@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from tiny import TinyParts
 from torch import Tensor, nn
 
 from polyspect.detectors.contract import Detector, Observe, Optimise, Stage, seeded
@@ -16,6 +15,7 @@ from polyspect.errors import ConfigError, DataError
 from polyspect.fitting.engine import Engine, EngineConfig, derive_seed, shuffled_batches, updates_per_epoch
 from polyspect.fitting.features import FeatureStore, make_room
 from polyspect.samples import Batch, Features, Prediction
+from tiny import TinyParts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +196,7 @@ def test_a_diverging_loss_stops_the_fit():
 def test_batches_cover_everything_once_and_never_end_in_one():
     for count, size in [(7, 3), (10, 3), (1, 4), (9, 4), (5, 1), (16, 16)]:
         batches = shuffled_batches(count, size, seed=3)
-        assert sorted(sum(batches, [])) == list(range(count))
+        assert sorted(index for batch in batches for index in batch) == list(range(count))
         assert len(batches) == updates_per_epoch(count, size)
         assert size == 1 or count == 1 or all(len(batch) > 1 for batch in batches)
     assert shuffled_batches(7, 3, 3) != shuffled_batches(7, 3, 4)
