@@ -28,7 +28,7 @@ def cosine_map(
     Returns:
         (B, H, W) float64, from 0 to 2 per scale (to 1 where features cannot be negative), no unit.
     """
-    total = torch.zeros((), dtype=torch.float64, device=teachers[0].device)
+    total = torch.zeros(len(teachers[0]), *size, dtype=torch.float64, device=teachers[0].device)
     for student, teacher in zip(students, teachers, strict=True):
         distance = 1 - F.cosine_similarity(student.float(), teacher.float(), dim=1, eps=EPS)  # B h w
         if keep is None:
