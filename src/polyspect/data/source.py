@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import ConfigError, nearest_names
+from ..errors import ConfigError, DataError, nearest_names
 from ..samples import Sample
+
+SPLITS = ("train", "validation", "test")
+"""The splits of every data set, whatever its folders are called."""
 
 READERS: dict[str, str] = {
     "mvtec3d": "polyspect.data.mvtec3d:MVTec3D",
@@ -64,8 +69,18 @@ class Reader(Protocol):
         """All parts of one split, sorted by id.
 
         Raises:
-            DataError: unknown category (names the nearest), missing split, empty train split, a part without one of
-                its files (names it).
+            DataError: unknown category (names the nearest), missing or empty split, a part without one of its files
+                (names it).
+            ConfigError: `split` is not one of `SPLITS`.
+        """
+        ...
+
+    def has_split(self, category: str, split: str) -> bool:
+        """Whether `records(category, split)` has parts to list; False also for a folder that holds none.
+
+        Raises:
+            DataError: unknown category (names the nearest).
+            ConfigError: `split` is not one of `SPLITS`.
         """
         ...
 
@@ -82,20 +97,59 @@ def open_reader(name: str, root: str | Path, **options: Any) -> Reader:
     """The reader called `name` over the data set at `root`.
 
     Raises:
-        ConfigError: no reader of that name; names the nearest.
+        ConfigError: no reader of that name, or it has no such option; names the nearest.
         DataError: `root` is not a folder.
     """
     if name not in READERS:
         raise ConfigError(f"unknown data reader '{name}': {nearest_names(name, READERS)}")
     module, _, cls = READERS[name].partition(":")
-    reader: Reader = getattr(importlib.import_module(module), cls)(Path(root), **options)
+    factory = getattr(importlib.import_module(module), cls)
+    known = [option for option in inspect.signature(factory).parameters if option != "root"]
+    for option in options:
+        if option not in known:
+            raise ConfigError(f"data reader '{name}' has no option '{option}': {nearest_names(option, known)}")
+    reader: Reader = factory(Path(root), **options)
     return reader
 
 
+def check_root(root: str | Path) -> Path:
+    """The folder of a data set.
+
+    Raises:
+        DataError: there is no folder at `root`.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        found = "a file" if root.is_file() else "nothing"
+        raise DataError(f"{root}: expected the folder of a data set, found {found}; check the path")
+    return root
+
+
+def check_split(split: str) -> str:
+    """Return `split` after checking that it is one of `SPLITS`.
+
+    Raises:
+        ConfigError: it is not; names the nearest.
+    """
+    if split not in SPLITS:
+        raise ConfigError(f"unknown split '{split}': {nearest_names(split, SPLITS)}")
+    return split
+
+
+_hashes: dict[tuple[str, int, int], str] = {}  # (path, time of change, size) -> sha256
+
+
 def file_hash(path: Path) -> str:
-    """sha256 of a file's bytes, as 64 hex digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """sha256 of a file's bytes, as 64 hex digits; remembered while its size and time of change stay."""
+    try:
+        status = path.stat()
+        seen = (os.path.abspath(path), status.st_mtime_ns, status.st_size)
+        if seen not in _hashes:
+            with open(path, "rb") as file:
+                _hashes[seen] = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DataError(f"'{path}' cannot be read: {error.strerror or error}") from None
+    return _hashes[seen]
 
 
 def content_hash(record: Record) -> str:
