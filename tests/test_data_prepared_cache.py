@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from polyspect.data import prepared_cache
+from polyspect.data import source
 from polyspect.data.camera import Intrinsics
 from polyspect.data.preparation import PREPARATIONS, Preparation, prepare
 from polyspect.data.prepared_cache import PreparedCache
@@ -132,10 +132,9 @@ def test_a_changed_file_setting_reader_or_label_is_another_key(tmp_path):
 def test_files_are_hashed_once(tmp_path, monkeypatch):
     record, reader = write_part(tmp_path), NumpyReader(tmp_path)
     seen = []
-    monkeypatch.setattr(prepared_cache, "_hashes", {})
-    monkeypatch.setattr(
-        prepared_cache, "file_hash", lambda p: seen.append(p) or hashlib.sha256(p.read_bytes()).hexdigest()
-    )
+    monkeypatch.setattr(source, "_hashes", {})
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, kind: seen.append(Path(file.name)) or digest(file, kind))
     cache = PreparedCache(tmp_path / "cache")
     for _ in range(3):
         cache.get(reader, record, SMALL)

@@ -13,11 +13,12 @@ from typing import Any
 from . import __version__
 from .calibration import Calibration, calibrate, check_no_leak
 from .config import build_config
-from .data.files import files_sample, guess_roles
+from .data.depth_scale import fit_depth_scale
 from .data.parts import OnError, Parts
-from .data.preparation import PREPARATIONS, Preparation, fit_depth_scale
+from .data.preparation import PREPARATIONS, Preparation
 from .data.prepared_cache import PreparedCache
 from .data.source import Reader, Record, file_hash, open_reader
+from .data.views import files_sample, guess_roles
 from .detectors import detector_class
 from .detectors.contract import Detector, configure
 from .errors import CalibrationError, ConfigError, DataError, nearest_names
@@ -90,7 +91,7 @@ def fit(
     reader = open_reader(data, root, **(reader_options or {}))
     train, validation, source = _splits(reader, category, seed, max_train)
     check_no_leak(
-        {record.id: [file_hash(path) for path in record.input_files()] for record in validation},
+        {record.id: _own_hashes(record) for record in validation},
         _hashes(reader, category),
     )
     progress = progress or Progress()
@@ -119,7 +120,7 @@ def fit(
             parts.scale = held.scale = fit_depth_scale(parts.samples())
         checkpoint = Path(f"{out}.checkpoint") if out else None
         engine = Engine(engine_config, checkpoint=checkpoint, progress=progress)
-        network = kind(config)  # type: ignore[call-arg]
+        network = kind(config)
         fitted = engine.fit(network, {"train": parts, "validation": held}, resume=resume)
         model = Model(detector, fitted, chosen, parts.scale, None, _info(fitted, reader, category, parts, held, seed))
         with progress.task("calibrate", len(held)) as advance:
@@ -283,12 +284,17 @@ def _splits(reader: Reader, category: str, seed: int, max_train: int | None) -> 
 
 
 def _hashes(reader: Reader, category: str) -> dict[str, list[str]]:
-    """Content hashes of the input files of the test split: file hash -> ids that have it."""
+    """Content hashes of the input files of each part of the test split."""
     found: dict[str, list[str]] = {}
     if reader.has_split(category, "test"):
         for record in reader.records(category, "test"):
-            found[record.id] = [file_hash(path) for path in record.input_files()]
+            found[record.id] = _own_hashes(record)
     return found
+
+
+def _own_hashes(record: Record) -> list[str]:
+    """Content hashes of the files that belong to this part alone: no ground truth, no camera file."""
+    return [file_hash(path) for role, path in record.files.items() if role not in ("mask", "intrinsics")]
 
 
 def _info(fitted: Detector, reader: Reader, category: str, parts: Parts, held: Parts, seed: int) -> dict[str, Any]:

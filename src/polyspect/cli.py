@@ -300,7 +300,7 @@ def run_evaluate(a: argparse.Namespace) -> int:
         progress=TerminalProgress(),
     )
     if a.json:
-        print(json.dumps({key: value for key, value in results.items() if key not in ("parts", "curves")}))
+        print(json.dumps({k: v for k, v in results.as_dict().items() if k not in ("parts", "curves")}))
         return 0
     _print_results(results)
     if a.out:

@@ -25,7 +25,7 @@ def build_config(cls: type[Any], values: Mapping[str, Any]) -> Any:
     parser.add_class_arguments(cls, "config")
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
     try:
-        parsed = parser.instantiate_classes(parser.parse_object(Namespace(config=plain).as_dict()))
+        parsed = parser.instantiate(parser.parse_object(Namespace(config=plain).as_dict()))
     except ArgumentError as error:
         raise ConfigError(f"bad setting of {cls.__name__}: {' '.join(str(error).split())}") from None
     return parsed.config

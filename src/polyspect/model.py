@@ -15,11 +15,13 @@ import numpy as np
 
 from . import __version__
 from .calibration import Calibration
+from .config import build_config
 from .data.batches import collate
+from .data.depth_scale import DepthScale
 from .data.parts import Parts, prefetched
-from .data.preparation import DepthScale, Preparation, prepare
+from .data.preparation import Preparation, prepare
 from .detectors import detector_class
-from .detectors.contract import Detector, build_config
+from .detectors.contract import Detector
 from .errors import DataError, ModelFileError
 from .fitting.modelfile import FORMAT, read_header, read_tensors, write_tensors
 from .samples import MODALITIES, Array, Sample
@@ -104,7 +106,7 @@ class Model:
         """
         ready = prepare(sample, self.preparation)
         self.check_sample(ready)
-        return self._judge([ready], collate([ready], self.preparation, self.scale))[0]
+        return self._judge([ready], collate([ready], self.preparation, self.scale, self.modalities))[0]
 
     def check_sample(self, sample: Sample) -> None:
         """Check that a prepared part has what the detector needs.
@@ -134,8 +136,9 @@ class Model:
         if not np.isfinite(scores).all():
             bad = samples[int(np.flatnonzero(~np.isfinite(scores))[0])]
             raise DataError(f"the score of part '{bad.id}' is not finite: check its files for extreme values")
-        p_values = self.calibration.p_values(scores) if self.calibration else [None] * len(scores)
-        rejects = self.calibration.decide(scores) if self.calibration else [None] * len(scores)
+        nothing = [None] * len(scores)
+        p_values: Any = self.calibration.p_values(scores) if self.calibration else nothing
+        rejects: Any = self.calibration.decide(scores) if self.calibration else nothing
         return [
             PartResult(
                 sample=sample,

@@ -16,13 +16,19 @@ if TYPE_CHECKING:
     from ..samples import Batch
 
 
-def collate(samples: Sequence[Sample], preparation: Preparation, scale: DepthScale | None = None) -> Batch:
+def collate(
+    samples: Sequence[Sample],
+    preparation: Preparation,
+    scale: DepthScale | None = None,
+    modalities: Sequence[str] | None = None,
+) -> Batch:
     """Stack prepared parts into a `Batch`.
 
     Args:
         samples: Prepared parts, all with the same modalities and size.
         preparation: The one they were prepared with; its `depth_range` and `depth_fill` are applied here.
-        scale: The category's depth scale; may be None unless parts have depth and ``depth_range="category"``.
+        scale: The category's depth scale; may be None unless depth is stacked and ``depth_range="category"``.
+        modalities: Those to stack; None for all that the parts have.
 
     Returns:
         Images float32 (B, C, H, W): ``rgb`` and extra modalities 0..1, ``xyz`` metres, ``depth`` standardised and
@@ -37,9 +43,9 @@ def collate(samples: Sequence[Sample], preparation: Preparation, scale: DepthSca
 
     if not samples:
         raise DataError("a batch needs at least one part, got none")
-    names = list(samples[0].images)
+    names = _stacked(samples[0], modalities)
     for sample in samples:
-        _check_alike(sample, samples[0], names)
+        _check_alike(sample, samples[0], names, _stacked(sample, modalities))
     images = {
         name: torch.from_numpy(np.stack([_planes(sample, name, preparation, scale) for sample in samples]))
         for name in names
@@ -60,7 +66,11 @@ def _planes(sample: Sample, name: str, preparation: Preparation, scale: DepthSca
     return np.ascontiguousarray(image.transpose(2, 0, 1), dtype=np.float32)
 
 
-def _check_alike(sample: Sample, first: Sample, names: Sequence[str]) -> None:
+def _stacked(sample: Sample, modalities: Sequence[str] | None) -> list[str]:
+    return [name for name in sample.images if modalities is None or name in modalities]
+
+
+def _check_alike(sample: Sample, first: Sample, names: Sequence[str], has: Sequence[str]) -> None:
     if sample.foreground is None:
         raise DataError(f"sample '{sample.id}' was not prepared: call `prepare` before stacking parts into a batch")
     if sample.size != first.size:
@@ -68,7 +78,7 @@ def _check_alike(sample: Sample, first: Sample, names: Sequence[str]) -> None:
             f"sample '{sample.id}' is {sample.size[0]}x{sample.size[1]} pixels, but '{first.id}' of the same batch is "
             f"{first.size[0]}x{first.size[1]}: prepare all parts with the same `size`"
         )
-    odd = set(names).symmetric_difference(sample.images)
+    odd = set(names).symmetric_difference(has)
     if odd:
         name = min(odd)
         without, with_ = (sample, first) if name in names else (first, sample)

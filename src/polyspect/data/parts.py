@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Literal
 from ..errors import ConfigError, DataError, PolyspectError
 from ..samples import MODALITIES, Sample
 from .batches import collate
+from .depth_scale import DepthScale
+from .preparation import Preparation
 from .prepared_cache import PreparedCache
-from .preparation import DepthScale, Preparation
 from .source import Reader, Record, content_hash
 
 if TYPE_CHECKING:
@@ -87,7 +88,8 @@ class Parts:
                 advance(1)
         if self.records and not kept:
             raise DataError(
-                f"none of the {len(self.records)} parts can be used; the first: {self.skipped[0][0]}: {self.skipped[0][1]}"
+                f"none of the {len(self.records)} parts can be used; "
+                f"the first: {self.skipped[0][0]}: {self.skipped[0][1]}"
             )
         self.records, self._keys = kept, None
         return self
@@ -102,7 +104,7 @@ class Parts:
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """The prepared parts at `indices`, stacked."""
-        return collate([self.sample(index) for index in indices], self.preparation, self.scale)
+        return collate([self.sample(index) for index in indices], self.preparation, self.scale, self._stacked())
 
     def keys(self) -> list[str]:
         """One key per part: changes with the content of its files, the preparation and the depth scale."""
@@ -119,13 +121,16 @@ class Parts:
         """sha256 over the content of all parts, whatever their order or names."""
         return fingerprint(self.records)
 
+    def _stacked(self) -> tuple[str, ...] | None:
+        return self.modalities or None
+
     def _prepare(self, record: Record) -> Sample:
         sample = self.cache.get(self.reader, record, self.preparation)
         geometric = [name for name in self.modalities if name in MODALITIES and MODALITIES[name].geometric]
         if geometric and "no_valid_points" in sample.meta.get("flags", ()):
             raise DataError(
-                f"part '{record.id}' ({_name_file(record)}) has no valid 3D point: all are zero, NaN or marked invalid; "
-                f"check the sensor and the file, or leave the part out with --on-error skip"
+                f"part '{record.id}' ({_name_file(record)}) has no valid 3D point: all are zero, NaN or "
+                f"marked invalid; check the sensor and the file, or leave the part out with --on-error skip"
             )
         missing = [name for name in self.modalities if name not in sample.images]
         if missing:
@@ -147,7 +152,7 @@ def prefetched(parts: Parts, batch_size: int) -> Iterator[tuple[range, list[Samp
 
     def load(group: range) -> tuple[range, list[Sample], Batch]:
         samples = [parts.sample(index) for index in group]
-        return group, samples, collate(samples, parts.preparation, parts.scale)
+        return group, samples, collate(samples, parts.preparation, parts.scale, parts._stacked())
 
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(load, groups[0]) if groups else None

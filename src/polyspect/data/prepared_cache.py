@@ -39,7 +39,6 @@ _KEPT_TYPES: dict[str, type[Any]] = {
     "<frame>": Frame,
     "<intrinsics>": Intrinsics,
 }  # dataclasses that may stand in a part's meta
-_hashes: dict[tuple[str, int, int], str] = {}  # (path, mtime_ns, size) -> sha256 of its content, for this process
 
 
 class PreparedCache:
@@ -128,12 +127,12 @@ class PreparedCache:
 
 def _key(reader: Reader, record: Record, preparation: Preparation) -> str:
     meta = {
-        name: _content(value) if isinstance(value, Path) else _to_json(value) for name, value in record.meta.items()
+        name: file_hash(value) if isinstance(value, Path) else _to_json(value) for name, value in record.meta.items()
     }
     content = {
         "format": FORMAT,
         "reader": _describe(reader),
-        "files": {role: _content(path) for role, path in record.files.items()},
+        "files": {role: file_hash(path) for role, path in record.files.items()},
         "meta": meta,
         "label": record.label,  # with the split, these decide what a missing mask means
         "split": record.split,
@@ -153,15 +152,6 @@ def _describe(reader: Reader) -> dict[str, Any]:
         elif value is None or isinstance(value, (str, int, float, bool, list, tuple, dict)):
             described[name] = json.dumps(value, sort_keys=True, default=str)
     return described
-
-
-def _content(path: Path) -> str:
-    """sha256 of a file, remembered while its size and time of change stay."""
-    status = path.stat()
-    seen = (os.path.abspath(path), status.st_mtime_ns, status.st_size)
-    if seen not in _hashes:
-        _hashes[seen] = file_hash(path)
-    return _hashes[seen]
 
 
 # -- one entry --------------------------------------------------------------------------------------------------------

@@ -18,7 +18,8 @@ from ..data.source import file_hash
 from ..errors import DataError
 from ..fitting.memory import peak_rss_mib
 from ..fitting.progress import Progress
-from ..metrics import StreamingMetrics, bootstrap, pro_curve, roc_curve
+from ..metrics import StreamingMetrics, bootstrap, roc_curve
+from ..metrics.pro import exact_curve, pool
 from ..model import Model, PartResult
 from ..samples import Array
 from .results import PartRow, Results, clear_results, write_part, write_results
@@ -62,7 +63,8 @@ def evaluate(
         with progress.task("prepare", len(parts)) as advance:
             parts.check(advance=advance)
         prepared_s = time.perf_counter() - started
-        rows, fused, branches = [], StreamingMetrics(), {}
+        rows, fused = [], StreamingMetrics()
+        branches: dict[str, StreamingMetrics] = {}
         with progress.task("predict", len(parts)) as advance:
             for index, result in enumerate(model.predict(parts)):
                 row = _row(index, result)
@@ -83,6 +85,7 @@ def evaluate(
                 values = streaming.compute()
                 branch_metrics[name] = {metric: values[metric] for metric in BRANCH_METRICS}
                 advance(1)
+    side = model.preparation.size
     results = Results(
         model=_about_model(model, path),
         data={**about, **_counts(rows), "fingerprint": parts.fingerprint()},
@@ -96,7 +99,7 @@ def evaluate(
         timing=_timing(model, len(rows), prepared_s, time.perf_counter() - started),
         skipped=[{"id": part, "reason": reason} for part, reason in parts.skipped],
         curves=_curves(fused),
-        grid="prepared, {0} x {0} pixels; ground truth resized to it (nearest)".format(model.preparation.size),
+        grid=f"prepared, {side} x {side} pixels; ground truth resized to it (nearest)",
     ).check()
     if out is not None:
         write_results(out, results)
@@ -189,7 +192,10 @@ def _curves(fused: StreamingMetrics) -> dict[str, dict[str, list[float]]]:
     fpr, tpr, _ = roc_curve(parts.scores, parts.labels)
     curves = {"roc": {"fpr": [float(v) for v in fpr], "tpr": [float(v) for v in tpr]}}
     if parts.pixels is not None:
-        x, y = pro_curve(parts)
+        ranks = pool(parts.pixels)
+        if ranks is None:
+            return curves
+        x, y = exact_curve(ranks, points=501)
         curves["pro"] = {"fpr": [float(v) for v in x], "pro": [float(v) for v in y]}
     return curves
 

@@ -80,7 +80,11 @@ def pro_curve(
     (limit,) = check_limits([limit])
     if points < 2:
         raise ConfigError(f"`points` must be at least 2, got {points}")
-    ranks = pool_or_raise(collect_pixels(maps, masks, ignore))
+    return exact_curve(pool_or_raise(collect_pixels(maps, masks, ignore)), points, limit)
+
+
+def exact_curve(ranks: Ranks, points: int = 1001, limit: float = 1.0) -> tuple[Array, Array]:
+    """`pro_curve` of defect pixels that were ranked before; arguments and result as there."""
     n, end = ranks.negatives.size, np.cumsum(ranks.weights[::-1])
     # corners in order of falling score: each positive rises from (above, start) to (at_least, end), once per tie
     _, last = np.unique(-ranks.positives[::-1], return_index=True)
