@@ -146,12 +146,13 @@ class CRD(Detector):
     """
 
     Config = CRDConfig
+    # fast: 30 epochs of small steps that end at a learning rate of 8e-5, a few minutes for 140 parts on two CPU cores
     PRESETS = {  # noqa: RUF012
         "paper": {"backbone": "wide_resnet50_2.tv_in1k"},
-        "fast": {"backbone": "efficientnet_lite0", "epochs": 30, "lr_decay": 0.9},
+        "fast": {"backbone": "efficientnet_lite0", "epochs": 30, "batch_size": 8, "lr_decay": 0.87},
     }
     frozen = ("teacher",)
-    map_mean: Tensor  # mu, one per modality, float64
+    map_mean: Tensor  # mu, one per modality
     map_std: Tensor  # sigma
 
     def __init__(self, config: CRDConfig, *, pretrained: bool = True) -> None:
@@ -168,8 +169,8 @@ class CRD(Detector):
                     for a in names
                 }
             )
-        self.register_buffer("map_mean", torch.zeros(len(names), dtype=torch.float64))
-        self.register_buffer("map_std", torch.ones(len(names), dtype=torch.float64))
+        self.register_buffer("map_mean", torch.zeros(len(names)))
+        self.register_buffer("map_std", torch.ones(len(names)))
 
     def extract(self, batch: Batch) -> Features:
         """Teacher features of every modality, in one pass of the network.
@@ -220,7 +221,7 @@ class CRD(Detector):
     def score(self, features: Features) -> Prediction:
         """Standardise, combine and smooth the branch maps (Eq. 11); the score is the largest value of the map."""
         with _evaluating(self.students):
-            raw = self._raw_maps(features)  # B m H W, float64
+            raw = self._raw_maps(features)  # B m H W
         mean, std = self.map_mean[:, None, None].to(raw), self.map_std[:, None, None].to(raw)
         for index, name in enumerate(self.modalities):
             keep = self._kept(features, name)
@@ -248,7 +249,7 @@ class CRD(Detector):
         return torch.optim.Adam(parameters, lr=self.config.learning_rate, betas=self.config.betas, fused=True)
 
     def _raw_maps(self, features: Features) -> Tensor:
-        """A^a of every branch (Eq. 10): (B, m, H, W) float64."""
+        """A^a of every branch (Eq. 10): (B, m, H, W), float64 where the device has it."""
         height, width = features["valid"].shape[-2:]
         return torch.stack(
             [

@@ -26,9 +26,10 @@ def cosine_map(
             pixel that is itself False is meaningless.
 
     Returns:
-        (B, H, W) float64, from 0 to 2 per scale (to 1 where features cannot be negative), no unit.
+        (B, H, W) of `widest` dtype, from 0 to 2 per scale (to 1 where features cannot be negative), no unit.
     """
-    total = torch.zeros(len(teachers[0]), *size, dtype=torch.float64, device=teachers[0].device)
+    device = teachers[0].device
+    total = torch.zeros(len(teachers[0]), *size, dtype=widest(device), device=device)
     for student, teacher in zip(students, teachers, strict=True):
         distance = 1 - F.cosine_similarity(student.float(), teacher.float(), dim=1, eps=EPS)  # B h w
         if keep is None:
@@ -48,15 +49,15 @@ def gaussian_smooth(maps: Tensor, sigma: float, truncate: float = 4.0) -> Tensor
     """
     if sigma == 0:
         return maps
-    rows, columns = (_smoothing_matrix(n, sigma, truncate).to(maps) for n in maps.shape[-2:])
+    rows, columns = (_smoothing_matrix(n, sigma, truncate).to(maps.dtype).to(maps.device) for n in maps.shape[-2:])
     return rows @ maps @ columns.T
 
 
 class MapMoments:
     """Mean and population standard deviation, per branch, of maps that come batch by batch.
 
-    Batches are merged by the pairwise update of Chan, Golub and LeVeque in float64, so nothing is lost when the mean is
-    large against the spread.
+    Batches are merged by the pairwise update of Chan, Golub and LeVeque in `widest` dtype, so nothing is lost when the
+    mean is large against the spread.
     """
 
     def __init__(self) -> None:
@@ -64,8 +65,8 @@ class MapMoments:
 
     def add(self, maps: Tensor, keep: Tensor) -> None:
         """Take in maps (B, K, H, W) where `keep` (B, K, H, W) is True."""
-        maps, over = maps.double(), (0, 2, 3)
-        count = keep.sum(over).double()
+        maps, over = maps.to(widest(maps.device)), (0, 2, 3)
+        count = keep.sum(over).to(maps.dtype)
         mean = torch.where(keep, maps, 0).sum(over) / count.clamp(min=1)
         square = torch.where(keep, (maps - mean[:, None, None]) ** 2, 0).sum(over)
         if self._state is not None:
@@ -76,11 +77,16 @@ class MapMoments:
         self._state = count, mean, square
 
     def take(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Counts, means and standard deviations, each (K,) float64 (0 where nothing was kept); starts afresh."""
+        """Counts, means and standard deviations, each (K,), 0 where nothing was kept; starts afresh."""
         if self._state is None:
             return (torch.zeros(0, dtype=torch.float64),) * 3
         (count, mean, square), self._state = self._state, None
         return count, mean, (square / count.clamp(min=1)).sqrt()
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """The dtype to accumulate in: float64, or float32 on devices that have no float64 (Apple's)."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:
