@@ -230,6 +230,21 @@ def test_truncated_tiffs_are_refused(tmp_path, options, share):
         files.read_xyz(path)
 
 
+def test_a_tiff_that_claims_an_absurd_size_is_refused_before_memory_is_asked_for(tmp_path):
+    path = tmp_path / "a.tiff"
+    write_tiff(path, XYZ)
+    data = bytearray(path.read_bytes())
+    with tifffile.TiffFile(path) as file:
+        for name in ("ImageLength", "ImageWidth"):
+            tag = file.pages.first.tags[name]
+            data[tag.valueoffset : tag.valueoffset + 2] = b"\xff\xff"
+    path.write_bytes(data)
+    with pytest.raises(
+        DataError, match=r"a\.tiff: claims shape \(65535, 65535, 3\), far more than its \d+ bytes can hold"
+    ):
+        files.read_xyz(path)
+
+
 def test_wrong_clouds_are_named(tmp_path):
     write_tiff(tmp_path / "depth.tiff", XYZ[..., 2])
     with pytest.raises(

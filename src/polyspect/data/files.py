@@ -25,6 +25,7 @@ ARRAY_SUFFIXES = (".npy", ".npz")
 CLOUD_SUFFIXES = (".ply", ".pcd")
 _TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _TIFF_COLOURS = (1, 2, 6)  # photometric: 0 is black, RGB, YCbCr (decoded to RGB)
+_PLAUSIBLE_BYTES, _MAX_COMPRESSION = 64 * 2**20, 5000  # a TIFF that claims more than both is damaged
 _ORIENTATION = 0x0112  # EXIF tag
 
 
@@ -250,6 +251,10 @@ def _tiff(path: Path) -> Array:
         if len(file.series) != 1:
             raise DataError(f"{path}: holds {len(file.series)} separate images; expected one: split the file")
         page, length = file.pages.first, path.stat().st_size
+        if file.series[0].nbytes > max(_PLAUSIBLE_BYTES, _MAX_COMPRESSION * length):
+            raise DataError(
+                f"{path}: claims shape {file.series[0].shape}, far more than its {length} bytes can hold; it is damaged"
+            )
         ends = [start + count for start, count in zip(page.dataoffsets, page.databytecounts)]
         if max(ends, default=0) > length:
             raise DataError(

@@ -128,7 +128,7 @@ def files_sample(
         warn_once(folder, "its coordinates look like millimetres (median |z| above 50); if so, set the unit to mm")
     valid = _measured(images, cloud_given="xyz" in paths)
     for name in GEOMETRIC & set(images):
-        images[name] = np.where(valid if images[name].ndim == 2 else valid[..., None], images[name], np.float32(0))
+        images[name][~valid] = 0  # arrays of our own, just read
     if not valid.any():
         flags.append("no_valid_points")
     return Sample(id, images, valid, mask=mask, meta={**meta, "flags": tuple(flags)}).check()
@@ -234,13 +234,10 @@ def _looks_like_millimetres(xyz: Array) -> bool:
 
 def _measured(images: Mapping[str, Array], cloud_given: bool) -> Array:
     """The valid rule (see the top of the file), as (H, W) bool."""
-    size = next(iter(images.values())).shape[:2]
-    valid = np.ones(size, dtype=np.bool_)
+    valid = np.ones(next(iter(images.values())).shape[:2], dtype=np.bool_)
     if "depth" in images:
         valid = np.isfinite(images["depth"])
     if cloud_given or ("normals" in images and "depth" not in images):
-        x, y, z = np.moveaxis(images["xyz" if cloud_given else "normals"], 2, 0)
-        with np.errstate(invalid="ignore", over="ignore"):
-            finite = np.isfinite(x + y + z)  # any NaN or infinity survives the sum
-        valid &= finite & ((x != 0) | (y != 0) | (z != 0))
+        size = np.abs(images["xyz" if cloud_given else "normals"]) @ np.ones(3, dtype=np.float32)  # |x| + |y| + |z|
+        valid &= (size > 0) & (size < np.inf)  # false for NaN too
     return valid
