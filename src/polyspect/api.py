@@ -18,7 +18,7 @@ from .data.parts import OnError, Parts
 from .data.preparation import PREPARATIONS, Preparation
 from .data.prepared_cache import PreparedCache
 from .data.source import Reader, Record, file_hash, open_reader
-from .data.views import files_sample, guess_roles
+from .data.views import ReadOptions, files_sample, guess_roles
 from .detectors import detector_class
 from .detectors.contract import Detector, configure
 from .errors import CalibrationError, ConfigError, DataError, nearest_names
@@ -151,7 +151,8 @@ def predict(
 
     Args:
         model: A model or its file.
-        paths: The files of one part (say its RGB and xyz file), or one folder of parts without ground truth.
+        paths: The files of one part (say its RGB and xyz file; ``ROLE=FILE`` where the role cannot be told from the
+            content), or one folder of parts without ground truth.
         data: Reader, for parts of a data set (then `root` and `category` too).
         root: Folder of the data set.
         category: Category in the data set's spelling.
@@ -166,8 +167,8 @@ def predict(
     """
     fitted = model if isinstance(model, Model) else load(model)
     if data is None and len(paths) >= 1 and not Path(paths[0]).is_dir():
-        sample = files_sample(guess_roles([Path(p) for p in paths]), intrinsics=intrinsics)
-        return [fitted.predict_sample(sample)]
+        options = build_config(ReadOptions, reader_options or {})
+        return [fitted.predict_sample(files_sample(_roles(paths, intrinsics), options=options))]
     if data is None:
         if len(paths) != 1:
             raise ConfigError(
@@ -230,7 +231,7 @@ def evaluate(
         cache=prepared,
         on_error=on_error,
     )
-    about = {"reader": data, "category": category, "split": split, "synthetic": (Path(root) / "SYNTHETIC.md").is_file()}
+    about = {"reader": data, "category": category, "split": split, "synthetic": (Path(root) / "synthetic.json").is_file()}
     path = None if isinstance(model, Model) else Path(model)
     return _evaluate(
         fitted, parts, about, out=Path(out) if out else None, path=path, resamples=bootstrap, progress=progress
@@ -339,7 +340,10 @@ def _calibrate(
     return calibrate(scores, false_reject=false_reject, confidence=confidence, source=source)
 
 
-def parse_modalities(text: str | Sequence[str]) -> list[str]:
-    """``"rgb,depth"`` or a list of names -> list of names."""
-    names = text.split(",") if isinstance(text, str) else list(text)
-    return [name.strip() for name in names if name.strip()]
+def _roles(paths: Sequence[str | Path], intrinsics: str | Path | None) -> dict[str, Path]:
+    """Role of each loose file: as said by ``ROLE=FILE``, else by what the file holds."""
+    said = dict(str(path).split("=", 1) for path in paths if "=" in str(path) and not Path(path).exists())
+    if intrinsics is not None:
+        said["intrinsics"] = str(intrinsics)
+    guessed = guess_roles(path for path in paths if "=" not in str(path) or Path(path).exists())
+    return {**guessed, **{role: Path(path) for role, path in said.items()}}

@@ -310,7 +310,7 @@ def run_evaluate(a: argparse.Namespace) -> int:
 
 def run_report(a: argparse.Namespace) -> int:
     """Write the HTML page of a results folder again."""
-    from .report import write_report
+    from .report.html import write_report
 
     page = write_report(Path(a.folder), out=Path(a.out) if a.out else None, max_parts=a.parts)
     _emit(a, {"report": str(page)}, f"report: {page.resolve()}")
@@ -319,21 +319,20 @@ def run_report(a: argparse.Namespace) -> int:
 
 def run_weights(a: argparse.Namespace) -> int:
     """List, check or fetch pretrained weights."""
-    from .weights import fetch, list_weights, resolve
+    from dataclasses import asdict
+
+    from .weights.catalogue import check, fetch, list_weights
 
     if a.action == "list":
         rows = list_weights(folder=a.folder)
-        text = "\n".join(
-            f"{row['name']:<32} {'there' if row['available'] else 'absent':<7} {row['where'] or row['note']}"
-            for row in rows
-        )
-        _emit(a, rows, text)
+        text = "\n".join(f"{row.name:<28} {'here' if row.available else 'absent':<7} {row.where}" for row in rows)
+        _emit(a, [asdict(row) for row in rows], text)
         return 0
     if a.name is None:
         raise ConfigError(
             f"`polyspect weights {a.action}` needs the name of a backbone; `polyspect weights list` shows them"
         )
-    found = fetch(a.name, folder=a.folder) if a.action == "fetch" else resolve(a.name, folder=a.folder)
+    found = fetch(a.name, folder=a.folder) if a.action == "fetch" else check(a.name, folder=a.folder)
     row = {"name": found.name, "path": str(found.path), "sha256": found.sha256, "source": found.source}
     _emit(a, row, f"{found.name}: {found.path} (from {found.source}), sha256 {found.sha256}")
     return 0
@@ -387,7 +386,7 @@ def _emit(a: argparse.Namespace, value: Any, text: str) -> None:
 def _print_results(results: Any) -> None:
     from rich.console import Console
 
-    from .report import results_table
+    from .report.table import results_table
 
     Console(width=None if sys.stdout.isatty() else 110).print(results_table(results))
 
@@ -643,7 +642,7 @@ def _add_predict(command: Callable[..., argparse.ArgumentParser]) -> None:
         "  polyspect predict bracket.safetensors --root parts --category bracket --split test --json\n",
     )
     sub.add_argument("model", help="model file")
-    sub.add_argument("paths", nargs="*", help="the files of one part, or one folder of parts")
+    sub.add_argument("paths", nargs="*", help="the files of one part (FILE or ROLE=FILE), or a folder")
     sub.add_argument("--out", help="folder for predictions.csv, predictions.json and a map per part")
     sub.add_argument("--split", default="test")
     sub.add_argument("--intrinsics", help="camera file (JSON or YAML), where a depth image is given")

@@ -158,6 +158,15 @@ class Results:
         """True if the data says that its parts were generated."""
         return bool(self.data.get("synthetic", False))
 
+    def as_dict(self) -> dict[str, Any]:
+        """The content of `results.json`, in plain values: numbers that are not finite are None."""
+        names = ("polyspect", "model", "data", "grid", "metrics", "intervals", "per_defect", "branches", "calibration")
+        content = {"format": FORMAT} | {name: getattr(self, name) for name in names}
+        content |= {name: getattr(self, name) for name in ("decisions", "timing", "skipped", "curves")}
+        content["parts"] = [part.as_dict() for part in self.parts]
+        plain: dict[str, Any] = _plain(content)
+        return plain
+
     def check(self) -> Results:
         """Return self after checking the parts.
 
@@ -223,11 +232,7 @@ def write_results(folder: str | Path, results: Results) -> Path:
         row = part.as_dict()
         writer.writerow(["" if row[name] is None else row[name] for name in CSV_COLUMNS])
     write_atomically(folder / "parts.csv", table.getvalue().encode())
-    names = ("polyspect", "model", "data", "grid", "metrics", "intervals", "per_defect", "branches", "calibration")
-    content = {"format": FORMAT} | {name: getattr(results, name) for name in names}
-    content |= {name: getattr(results, name) for name in ("decisions", "timing", "skipped", "curves")}
-    content["parts"] = [part.as_dict() for part in results.parts]
-    text = json.dumps(_plain(content), indent=1, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(results.as_dict(), indent=1, ensure_ascii=False, allow_nan=False)
     write_atomically(folder / "results.json", text.encode() + b"\n")
     return folder / "results.json"
 
