@@ -256,7 +256,7 @@ def test_wrong_patterns_are_named(tmp_path, mapping, message):
         ("intrinsics: ../../camera.yaml\n", r"polyspect\.yaml: intrinsics: '\.\./\.\./camera\.yaml' leads out of"),
         ("cloud_size: [0, 4]\n", r"polyspect\.yaml: `cloud_size` must be \[width, height\]"),
         ("good: []\n", r"polyspect\.yaml: `good` and `unlabelled` need at least one label"),
-        ("invalid: none\n", r"polyspect\.yaml: could not convert string to float: 'none'"),
+        ("invalid: none\n", r"polyspect\.yaml: `invalid` must be a number or a list of numbers, got 'none'"),
         ("unit: [\n", r"polyspect\.yaml: cannot be read as mapping of a folder in JSON or YAML"),
     ],
 )

@@ -79,6 +79,7 @@ def test_millimetres_and_sentinels(root):
     save(root / "nut" / "train" / "good" / "xyz" / "000.tiff", xyz)
     reader = open_reader("mvtec3d", root, unit="mm", invalid=[1e5])
     sample = reader.read(reader.records("nut", "train")[0])
+    assert MVTec3D(root, invalid=1e5).options.invalid == reader.options.invalid
     assert not sample.valid[0, 0]
     np.testing.assert_allclose(sample.images["depth"][1:], 0.25)
 

@@ -52,7 +52,7 @@ class Folder:
         root: str | Path,
         mapping: Mapping[str, Any] | str | Path | None = None,
         unit: str | None = None,
-        invalid: Sequence[float] | None = None,
+        invalid: float | Sequence[float] | None = None,
         intrinsics: Intrinsics | Mapping[str, Any] | str | Path | None = None,
         cloud_size: Sequence[int] | None = None,
         category: str | None = None,
@@ -60,7 +60,7 @@ class Folder:
         self.root = check_root(root)
         overrides = {
             "unit": unit,
-            "invalid": None if invalid is None else list(invalid),
+            "invalid": invalid,
             "intrinsics": intrinsics,
             "cloud_size": cloud_size,
             "category": category,

@@ -16,7 +16,7 @@ from ..samples import MODALITIES
 from .camera import Intrinsics
 from .opening import read_mapping
 from .source import SPLITS
-from .views import NOT_VIEWS, ReadOptions
+from .views import NOT_VIEWS, ReadOptions, sentinels
 
 DEFAULT_FILES = ("polyspect.yaml", "polyspect.yml", "polyspect.json")
 DEFAULT_CAMERAS = ("intrinsics.yaml", "intrinsics.yml", "intrinsics.json")
@@ -135,7 +135,7 @@ def _gather_patterns(content: dict[str, Any], where: str) -> dict[str, Any]:
         if not (isinstance(value, str) and "{id}" in value):
             raise DataError(
                 f"{where}: '{key}' is neither a setting nor a role with a pattern holding {{id}}: "
-                f"{nearest_names(key, SETTINGS + ROLES)}"
+                f"{nearest_names(key, {*SETTINGS, *ROLES})}"
             )
         patterns[key] = value
     return {**content, "patterns": patterns}
@@ -156,7 +156,7 @@ def _build(root: Path, content: Mapping[str, Any]) -> FolderMapping:
     csv_path = None if csv is None else Path(csv) if Path(csv).is_absolute() else inside(root, str(csv), "csv")
     options = ReadOptions(
         unit=content.get("unit", "m"),
-        invalid=tuple(float(value) for value in _listed(content.get("invalid"))),
+        invalid=sentinels(content.get("invalid")),
         intrinsics=_camera(root, content.get("intrinsics")),
         cloud_size=None if size is None else (int(size[0]), int(size[1])),
         flip_normals=bool(content.get("flip_normals", False)),

@@ -17,7 +17,7 @@ from ..errors import DataError
 from ..samples import Sample
 from .listing import category_folder, check_partners, files_by_stem, subfolders, unique_ids
 from .source import SPLITS, Record, check_root, check_split
-from .views import ReadOptions, read_record
+from .views import ReadOptions, read_record, sentinels
 
 VIEWS = ("rgb", "xyz", "normals")
 
@@ -28,14 +28,14 @@ class MVTec3D:
     Args:
         root: The folder that holds the categories.
         unit: Unit of the coordinates, ``"m"`` (as in MVTec 3D-AD) or ``"mm"``.
-        invalid: Further coordinate values that mean "not measured".
+        invalid: Further coordinate values (one or several) that mean "not measured".
     """
 
     name = "mvtec3d"
 
-    def __init__(self, root: str | Path, unit: str = "m", invalid: Sequence[float] = ()) -> None:
+    def __init__(self, root: str | Path, unit: str = "m", invalid: float | Sequence[float] = ()) -> None:
         self.root = check_root(root)
-        self.options = ReadOptions(unit=unit, invalid=tuple(invalid))
+        self.options = ReadOptions(unit=unit, invalid=sentinels(invalid))
 
     def categories(self) -> list[str]:
         """Sub-folders of the root that hold a ``train`` or ``test`` folder.

@@ -8,7 +8,7 @@ Where ``valid`` is False every geometric view is exactly 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,19 @@ class ReadOptions:
             raise ConfigError(f"unknown unit '{self.unit}': {nearest_names(self.unit, UNITS)}")
         if self.cloud_size is not None and (len(self.cloud_size) != 2 or min(self.cloud_size) < 1):
             raise ConfigError(f"`cloud_size` must be [width, height] in pixels, got {self.cloud_size}")
+
+
+def sentinels(values: float | Sequence[float] | None) -> tuple[float, ...]:
+    """Values that mean "not measured", given as one number, several or None.
+
+    Raises:
+        ConfigError: one of them is not a number.
+    """
+    listed: list[Any] = [] if values is None else list(values) if isinstance(values, list | tuple) else [values]
+    try:
+        return tuple(float(value) for value in listed)
+    except (TypeError, ValueError):
+        raise ConfigError(f"`invalid` must be a number or a list of numbers, got {values!r}") from None
 
 
 def read_record(record: Record, options: ReadOptions) -> Sample:
