@@ -66,6 +66,18 @@ def test_every_category_has_five_kinds_and_one_of_each_group():
         assert spec.kind in {"rigid", "natural", "deformable"}
 
 
+def test_the_documentation_lists_what_there_is():
+    page = (Path(__file__).resolve().parents[1] / "docs" / "synthetic.md").read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:3] == "| `"]
+    table = {row[0].strip("`"): row[1:] for row in rows}
+    assert set(table) == set(CATEGORIES) | set(DEFECTS)
+    for name, spec in CATEGORIES.items():
+        kind, _, view, kinds = table[name]
+        assert (kind, view, tuple(kinds.split(", "))) == (spec.kind, f"{spec.field_mm} mm", spec.defects)
+    for name, group in DEFECTS.items():
+        assert table[name][0] == group
+
+
 @pytest.mark.parametrize("category", CATEGORIES)
 def test_a_good_part_is_what_a_sample_promises(category):
     part = render_part(category, 3, size=128)
