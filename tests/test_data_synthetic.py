@@ -92,6 +92,10 @@ def test_a_good_part_is_what_a_sample_promises(category):
     np.testing.assert_allclose(np.linalg.norm(s.images["normals"][s.valid], axis=-1), 1, atol=1e-5)
     assert (s.images["normals"][s.valid] * s.images["xyz"][s.valid]).sum(-1).max() < 0.05  # towards the camera
     assert 0.8 < s.valid[part.part].mean() < 0.995
+    plane = np.array(s.meta["table_plane"])
+    height = part.xyz @ plane[:3] + plane[3]
+    assert (height[part.part] > 0.005).mean() > 0.85  # survives the usual removal of 5 mm around the table
+    assert np.abs(height[~part.part]).mean() < 0.001
     border = np.ones_like(part.part)
     border[1:-1, 1:-1] = False
     assert not part.part[border].any()  # nothing is cut off

@@ -46,7 +46,7 @@ _PALE = linear(168, 166, 160)
 CATEGORIES: dict[str, CategorySpec] = {
     "bracket": CategorySpec(
         kind="rigid",
-        description="pressed steel angle with holes, ribs, a folded flange and a printed lot number",
+        description="milled steel angle with holes, ribs, a flange and a printed lot number",
         build=shapes.bracket,
         field_mm=104,
         extent_mm=88,

@@ -60,16 +60,16 @@ def _serial(rng: Rng, length: int) -> str:
 
 
 def bracket(canvas: Canvas, streams: Streams) -> Surface:
-    """Pressed steel angle: flat plate with holes, a slot, two ribs and a folded flange; brushed, with a printed lot."""
+    """Milled steel angle: thick plate with holes, a slot, two ribs and a flange; brushed, with a printed lot."""
     shape, look = streams("shape"), streams("look")
     x, y = canvas.x, canvas.y
     plate = rounded_box(x, y, 39 + 0.3 * shape.standard_normal(), 25, 5)
     cut = np.minimum(np.hypot(np.abs(x) - 29, y - 14) - 4.2, rounded_box(x, y - 4, 9, 3.4, 3.3))
     body = np.maximum(plate, -cut)
     rib = rounded_box(np.abs(x) - 22, y + 3, 2.6, 9, 2.5)
-    height = 3.2 * round_edge(body, 1.1) + 1.5 * smoothstep(-rib / 2.2)
+    height = 7.5 * round_edge(body, 1.1) + 1.5 * smoothstep(-rib / 2.2)
     flange = rounded_box(x, y + 21.6, 36, 2.7, 1.5)
-    height = np.maximum(height, (13 + 0.3 * shape.standard_normal()) * round_edge(flange, 1.3))
+    height = np.maximum(height, (17 + 0.3 * shape.standard_normal()) * round_edge(flange, 1.3))
     streaks = noise(look, canvas, 0.5, (40, 1)) + 0.6 * noise(look, canvas, 1.6, (22, 1))
     steel = vary(look, linear(158, 160, 163), 0.10, 0.02)
     base = steel * (1 + 0.085 * streaks + 0.06 * fractal(look, canvas, 11))[..., None]
@@ -85,9 +85,9 @@ def washer(canvas: Canvas, streams: Streams) -> Surface:
     shape, look = streams("shape"), streams("look")
     outer, inner = 36 + 0.25 * shape.standard_normal(), 17 + 0.2 * shape.standard_normal()
     body = np.maximum(canvas.r - outer, inner - canvas.r)
-    height = (5 + 0.1 * shape.standard_normal()) * (0.35 * round_edge(body, 0.6) + 0.65 * smoothstep(-body / 2.4))
+    height = (8.5 + 0.1 * shape.standard_normal()) * (0.6 * round_edge(body, 0.6) + 0.4 * smoothstep(-body / 2.6))
     marks = np.interp(canvas.r.ravel(), np.arange(64) * 0.7, look.standard_normal(64)).reshape(canvas.r.shape)
-    height = height + 0.035 * marks.astype(np.float32) * (body < -2.2)
+    height = height + 0.035 * marks.astype(np.float32) * (body < -2.4)
     film = smoothstep(0.5 + 0.35 * fractal(look, canvas, 22) + 0.3 * look.standard_normal())
     base = mix(_plain(176, 172, 160), linear(190, 165, 105), film)
     base = base * vary(look, (1, 1, 1), 0.10, 0.03) * (1 + 0.07 * marks + 0.05 * fractal(look, canvas, 3))[..., None]
@@ -107,7 +107,7 @@ def gear(canvas: Canvas, streams: Streams) -> Surface:
     bore = np.minimum(r - 5.5, rounded_box(canvas.x, canvas.y + 6, 1.6, 2.4, 0.3))
     body = np.maximum(outline, -np.minimum(window, bore))
     web = smoothstep((r - 11.5) / 1.5) * smoothstep((28 - r) / 1.5)
-    height = (8 - 3 * web) * round_edge(body, 0.9)
+    height = (12 - 3.5 * web) * round_edge(body, 0.9)
     flow = fractal(look, canvas, 9)
     tone = 1 + 0.05 * flow + 0.03 * noise(look, canvas, 0.8)
     base = vary(look, linear(206, 198, 176), 0.07, 0.03) * tone[..., None]
@@ -142,7 +142,7 @@ def biscuit(canvas: Canvas, streams: Streams) -> Surface:
     r, phi = canvas.r, canvas.phi
     size = 35 * wavy_outline(shape, phi, range(2, 6), 0.02)
     body = r - size * (1 + 0.028 * np.cos(22 * (phi + shape.uniform(0, 0.3))))
-    height = (6.5 + 0.4 * shape.standard_normal()) * round_edge(body, 3.2) + 0.36 * fractal(shape, canvas, 12, 3)
+    height = (8.5 + 0.4 * shape.standard_normal()) * round_edge(body, 3.2) + 0.36 * fractal(shape, canvas, 12, 3)
     height += 0.13 * fractal(shape, canvas, 1.6, 2) + 0.55 * np.exp(-(((r - 26) / 1.1) ** 2))
     ring = np.where(r < 15, 10, 19)  # mm, the two circles of docking holes around the one in the centre
     step = 2 * math.pi / np.where(r < 15, 6, 11)
@@ -266,7 +266,7 @@ def gasket(canvas: Canvas, streams: Streams) -> Surface:
     eye = np.hypot(np.abs(x) - 40, y)
     lug = eye - 6.8
     body = np.maximum(np.minimum(loop, lug), 3.1 - eye)
-    flat = 3.2 * round_edge(np.maximum(np.minimum(loop, lug), 3.1 - eye), 1.0)
+    flat = 7 * round_edge(np.maximum(np.minimum(loop, lug), 3.1 - eye), 1.0)
     bead = 2.6 * np.sqrt(np.clip(1 - ((loop + 6.0) / 3.0) ** 2, 0, 1))
     height = flat + bead * smoothstep(-loop) + 0.04 * noise(shape, canvas, 1.2) * (body < 0)
     bloom = smoothstep(0.25 + 0.3 * fractal(look, canvas, 16, 3) + 0.15 * look.standard_normal())
