@@ -89,7 +89,8 @@ def fit(
     """
     kind, config, chosen = _choose(detector, preset, settings, preparation, prepare)
     reader = open_reader(data, root, **(reader_options or {}))
-    train, validation, source = _splits(reader, category, seed, max_train)
+    broken: dict[str, dict[str, str]] | None = {"train": {}, "validation": {}} if on_error == "skip" else None
+    train, validation, source = _splits(reader, category, seed, max_train, broken)
     check_no_leak(
         {record.id: _own_hashes(record) for record in validation},
         _hashes(reader, category),
@@ -101,8 +102,8 @@ def fit(
         "cache": PreparedCache(cache_folder / "prepared" if cache_folder else None),
         "on_error": on_error,
     }
-    parts = Parts(reader, train, chosen, **common)
-    held = Parts(reader, validation, chosen, **common)
+    parts = Parts(reader, train, chosen, **common, broken=broken["train"] if broken else None)
+    held = Parts(reader, validation, chosen, **common, broken=broken["validation"] if broken else None)
     from .fitting.engine import Engine, EngineConfig  # torch loads here, after the cheap checks
 
     engine_config = EngineConfig(
@@ -169,19 +170,20 @@ def predict(
     if data is None and len(paths) >= 1 and not Path(paths[0]).is_dir():
         options = build_config(ReadOptions, reader_options or {})
         return [fitted.predict_sample(files_sample(_roles(paths, intrinsics), options=options))]
+    broken: dict[str, str] | None = {} if on_error == "skip" else None
     if data is None:
         if len(paths) != 1:
             raise ConfigError(
                 "give the files of one part, or one folder of parts, or a data set by data, root, category"
             )
         reader: Reader = open_reader("folder", paths[0], **(reader_options or {}))
-        records = [record for name in reader.categories() for record in reader.records(name, split)]
+        records = [record for name in reader.categories() for record in reader.records(name, split, broken)]
     else:
         if root is None or category is None:
             raise ConfigError("predicting a data set needs its root and a category")
         reader = open_reader(data, root, **(reader_options or {}))
-        records = reader.records(category, split)
-    parts = Parts(reader, records, fitted.preparation, modalities=fitted.modalities, on_error=on_error)
+        records = reader.records(category, split, broken)
+    parts = Parts(reader, records, fitted.preparation, modalities=fitted.modalities, on_error=on_error, broken=broken)
     parts.check()
     if skipped is not None:
         skipped.extend(parts.skipped)
@@ -223,15 +225,22 @@ def evaluate(
     fitted = model if isinstance(model, Model) else load(model)
     reader = open_reader(data, root, **(reader_options or {}))
     prepared = PreparedCache(Path(cache) / "prepared" if cache else None)
+    broken: dict[str, str] | None = {} if on_error == "skip" else None
     parts = Parts(
         reader,
-        reader.records(category, split),
+        reader.records(category, split, broken),
         fitted.preparation,
         modalities=fitted.modalities,
         cache=prepared,
         on_error=on_error,
+        broken=broken,
     )
-    about = {"reader": data, "category": category, "split": split, "synthetic": (Path(root) / "synthetic.json").is_file()}
+    about = {
+        "reader": data,
+        "category": category,
+        "split": split,
+        "synthetic": (Path(root) / "synthetic.json").is_file(),
+    }
     path = None if isinstance(model, Model) else Path(model)
     return _evaluate(
         fitted, parts, about, out=Path(out) if out else None, path=path, resamples=bootstrap, progress=progress
@@ -258,15 +267,22 @@ def _choose(
     return kind, config, chosen
 
 
-def _splits(reader: Reader, category: str, seed: int, max_train: int | None) -> tuple[list[Record], list[Record], str]:
+def _splits(
+    reader: Reader, category: str, seed: int, max_train: int | None, broken: dict[str, dict[str, str]] | None
+) -> tuple[list[Record], list[Record], str]:
     """Training and validation parts, good ones only, and where the validation parts came from."""
-    train = [record for record in reader.records(category, "train") if record.label != 1]
+
+    def good(split: str) -> list[Record]:
+        found = reader.records(category, split, None if broken is None else broken[split])
+        return [record for record in found if record.label != 1]
+
+    train = good("train")
     if max_train is not None:
         if max_train < 1:
             raise ConfigError(f"max_train is {max_train}: at least one part is needed")
         train = sorted(random.Random(seed).sample(train, min(max_train, len(train))), key=lambda record: record.id)
     if reader.has_split(category, "validation"):
-        validation = [record for record in reader.records(category, "validation") if record.label != 1]
+        validation = good("validation")
         if validation:
             return train, validation, "the data set's own validation split"
     count = max(1, round(HELD_OUT * len(train)))
@@ -288,7 +304,7 @@ def _hashes(reader: Reader, category: str) -> dict[str, list[str]]:
     """Content hashes of the input files of each part of the test split."""
     found: dict[str, list[str]] = {}
     if reader.has_split(category, "test"):
-        for record in reader.records(category, "test"):
+        for record in reader.records(category, "test", broken={}):  # a part that lacks a file is no leak
             found[record.id] = _own_hashes(record)
     return found
 

@@ -172,8 +172,9 @@ def run_data_check(a: argparse.Namespace) -> int:
     for category in [a.category] if a.category else reader.categories():
         for split in ("train", "validation", "test"):
             if reader.has_split(category, split):
-                records = reader.records(category, split)
-                parts = Parts(reader, records, preparation, on_error="skip")
+                broken: dict[str, str] = {}
+                records = reader.records(category, split, broken)
+                parts = Parts(reader, records, preparation, on_error="skip", broken=broken)
                 with TerminalProgress() as progress, progress.task(f"{category}/{split}", len(records)) as advance:
                     parts.check(look, advance)
                 report["problems"] += [{"id": part, "reason": reason} for part, reason in parts.skipped]
@@ -546,7 +547,7 @@ def _add_demo(command: Callable[..., argparse.ArgumentParser]) -> None:
         "demo",
         run_demo,
         "Generate synthetic parts, fit, evaluate, and write a report: the whole road in one command.",
-        "  polyspect demo\n  polyspect demo --categories bracket,rope --detector patchcore\n",
+        "  polyspect demo\n  polyspect demo --categories bracket,cord --detector patchcore\n",
     )
     sub.add_argument("--out", default="demo", help="folder for everything (default: %(default)s)")
     sub.add_argument("--categories", default="bracket", help="comma-separated synthetic categories")
@@ -585,7 +586,7 @@ def _add_data(commands: Any) -> None:
         "make-synthetic",
         run_make_synthetic,
         "Render synthetic parts with known defects, in MVTec 3D-AD layout.",
-        "  polyspect data make-synthetic parts --categories bracket,rope --train 60 --seed 1\n",
+        "  polyspect data make-synthetic parts --categories bracket,cord --train 60 --seed 1\n",
     )
     sub.add_argument("folder")
     sub.add_argument("--categories", default="all", help="comma-separated, or all (default)")

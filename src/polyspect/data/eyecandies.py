@@ -90,7 +90,7 @@ class Eyecandies:
         folder = self._folder(category, split)
         return folder.is_dir() and bool(visible_files(folder))
 
-    def records(self, category: str, split: str) -> list[Record]:
+    def records(self, category: str, split: str, broken: dict[str, str] | None = None) -> list[Record]:
         """All parts of one split, sorted by id.
 
         A test part's label is the metadata's ``anomalous``; only without metadata the mask tells. The defect type names
@@ -110,7 +110,7 @@ class Eyecandies:
         records = [self._record(category, split, number, items) for number, items in parts.items()]
         if not records:
             raise DataError(f"{folder}: holds no parts; expected {folder / f'000_{self.light}.png'} and so on")
-        check_partners(records, self._place)
+        records = check_partners(records, self._place, broken)
         return unique_ids(records)
 
     def read(self, record: Record) -> Sample:

@@ -80,7 +80,7 @@ class Folder:
         check_split(split)
         return any(record.split == split for record in self._of(category))
 
-    def records(self, category: str, split: str) -> list[Record]:
+    def records(self, category: str, split: str, broken: dict[str, str] | None = None) -> list[Record]:
         """All parts of one split, sorted by id.
 
         Raises:
@@ -96,7 +96,7 @@ class Folder:
                 f"{expected}: '{category}' has no parts of the split '{split}'; it has {', '.join(there)}: add parts, "
                 "or use a split that is there"
             )
-        check_partners(records, self._place)
+        records = check_partners(records, self._place, broken)
         for record in records:
             self._check_label(record)
         self._check_masks(records)

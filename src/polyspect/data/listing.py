@@ -67,25 +67,32 @@ def category_folder(root: Path, category: str, categories: Sequence[str]) -> Pat
     return root / category
 
 
-def check_partners(records: Sequence[Record], place: Callable[[Record, str], str | Path]) -> None:
-    """Check that all parts of a split have the same views; masks and intrinsics are left to the reader.
+def check_partners(
+    records: Sequence[Record], place: Callable[[Record, str], str | Path], broken: dict[str, str] | None
+) -> list[Record]:
+    """The parts that have all the views of their split; masks and intrinsics are left to the reader.
 
     Args:
         records: The parts.
         place: Says where the file of a role should be for a part that lacks it.
+        broken: Takes id -> what is wrong for the parts that lack a view; None to raise instead.
 
     Raises:
-        DataError: names the file that is there, the one that is not, and what to do.
+        DataError: names the file that is there, the one that is not, and what to do; only if `broken` is None.
     """
     views = sorted({role for record in records for role in record.files} - set(NOT_VIEWS))
     for record in records:
         for role in views:
             if role not in record.files:
                 witness = record.files[next(view for view in views if view in record.files)]
-                raise DataError(
+                problem = (
                     f"{witness}: its partner is missing: expected '{role}' at {place(record, role)}; every part of a "
                     "split needs the same views: add the file, or move this part away"
                 )
+                if broken is None:
+                    raise DataError(problem)
+                broken[record.id] = problem
+    return [record for record in records if broken is None or record.id not in broken]
 
 
 def unique_ids(records: Iterable[Record]) -> list[Record]:

@@ -55,7 +55,7 @@ class MVTec3D:
         folder = category_folder(self.root, category, self.categories()) / check_split(split)
         return folder.is_dir() and bool(subfolders(folder))
 
-    def records(self, category: str, split: str) -> list[Record]:
+    def records(self, category: str, split: str, broken: dict[str, str] | None = None) -> list[Record]:
         """All parts of one split, sorted by id.
 
         Raises:
@@ -79,9 +79,9 @@ class MVTec3D:
                 records.append(Record(id, category, split, kind.name, label, files, meta))
         if not records:
             raise DataError(f"{folder}: holds no parts; expected {folder / 'good' / 'rgb' / '000.png'} and so on")
-        check_partners(records, _place)
+        records = check_partners(records, _place, broken)
         if split == "test":
-            _check_ground_truth(records)
+            records = _check_ground_truth(records, broken)
         return unique_ids(records)
 
     def read(self, record: Record) -> Sample:
@@ -124,12 +124,16 @@ def _place(record: Record, role: str) -> Path:
     return view.parent.parent / role / (view.stem + {"xyz": ".tiff"}.get(role, ".png"))
 
 
-def _check_ground_truth(records: Sequence[Record]) -> None:
+def _check_ground_truth(records: Sequence[Record], broken: dict[str, str] | None) -> list[Record]:
     for record in records:
         if record.label == 1 and "mask" not in record.files:
             view = next(iter(record.files.values()))
             expected = view.parent.parent / "gt" / f"{view.stem}.png"
-            raise DataError(
+            problem = (
                 f"{view}: anomalous, but its ground truth {expected} is missing; add the mask, or use the reader "
                 "'folder', which takes test parts without masks"
             )
+            if broken is None:
+                raise DataError(problem)
+            broken[record.id] = problem
+    return [record for record in records if broken is None or record.id not in broken]

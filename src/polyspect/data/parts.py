@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Literal
@@ -37,6 +37,7 @@ class Parts:
         scale: How the depth of this category is standardised; None until it has been fitted.
         cache: Keeps prepared parts on disk.
         on_error: ``"raise"``, or ``"skip"``: leave a bad part out and list it in `skipped`.
+        broken: Parts that the reader left out already, id -> reason: the start of `skipped`.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Parts:
         scale: DepthScale | None = None,
         cache: PreparedCache | None = None,
         on_error: OnError = "raise",
+        broken: Mapping[str, str] | None = None,
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise ConfigError(f"on_error is '{on_error}', expected 'raise' or 'skip'")
@@ -59,7 +61,7 @@ class Parts:
         self.scale = scale
         self.cache = cache or PreparedCache(None)
         self.on_error = on_error
-        self.skipped: list[tuple[str, str]] = []  # (id, reason)
+        self.skipped = list((broken or {}).items())  # (id, reason)
         self._keys: list[str] | None = None
 
     def __len__(self) -> int:

@@ -65,12 +65,17 @@ class Reader(Protocol):
         """All categories under `root`, sorted."""
         ...
 
-    def records(self, category: str, split: str) -> list[Record]:
+    def records(self, category: str, split: str, broken: dict[str, str] | None = None) -> list[Record]:
         """All parts of one split, sorted by id.
+
+        Args:
+            category: In the data set's spelling.
+            split: One of `SPLITS`.
+            broken: If given, parts that lack one of their files are left out and noted here, id -> what is wrong.
 
         Raises:
             DataError: unknown category (names the nearest), missing or empty split, a part without one of its files
-                (names it).
+                (names it) unless `broken` is given.
             ConfigError: `split` is not one of `SPLITS`.
         """
         ...
