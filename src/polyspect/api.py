@@ -242,9 +242,13 @@ def evaluate(
         "synthetic": (Path(root) / "synthetic.json").is_file(),
     }
     path = None if isinstance(model, Model) else Path(model)
-    return _evaluate(
-        fitted, parts, about, out=Path(out) if out else None, path=path, resamples=bootstrap, progress=progress
-    )
+    folder = Path(out) if out else None
+    results = _evaluate(fitted, parts, about, out=folder, path=path, resamples=bootstrap, progress=progress)
+    if folder is not None:
+        from .report.html import write_report
+
+        write_report(folder)
+    return results
 
 
 # -- pieces ----------------------------------------------------------------------------------------------------------

@@ -392,12 +392,10 @@ def _print_results(results: Any) -> None:
     Console(width=None if sys.stdout.isatty() else 110).print(results_table(results))
 
 
-def _pairs(items: Sequence[str] | dict[str, Any] | None) -> dict[str, Any]:
+def _pairs(items: Sequence[str] | None) -> dict[str, Any]:
     """``["size=224", "aspect=pad"]`` -> typed values, read as YAML."""
     import yaml
 
-    if isinstance(items, dict):
-        return items
     pairs: dict[str, Any] = {}
     for item in items or ():
         name, equals, value = item.partition("=")
@@ -439,7 +437,11 @@ def _with_config(
     for key in values:
         if str(key).replace("-", "_") not in known:
             raise ConfigError(f"unknown key '{key}' in '{path}': {nearest_names(str(key), known)}")
-    arguments.subparser.set_defaults(**{str(k).replace("-", "_"): v for k, v in values.items()})
+    defaults = {str(key).replace("-", "_"): value for key, value in values.items()}
+    for name in ("set", "prepare", "reader"):  # the options that may be repeated
+        if isinstance(defaults.get(name), dict):
+            defaults[name] = [f"{key}={json.dumps(value)}" for key, value in defaults[name].items()]
+    arguments.subparser.set_defaults(**defaults)
     return parser.parse_args(argv)
 
 

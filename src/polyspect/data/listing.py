@@ -80,7 +80,8 @@ def check_partners(
     Raises:
         DataError: names the file that is there, the one that is not, and what to do; only if `broken` is None.
     """
-    views = sorted({role for record in records for role in record.files} - set(NOT_VIEWS))
+    roles = {role for record in records for role in record.files} - set(NOT_VIEWS)
+    views = sorted(roles, key=lambda role: (role != "rgb", role))  # the picture is what people know a part by
     for record in records:
         for role in views:
             if role not in record.files:

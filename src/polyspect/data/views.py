@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import ConfigError, DataError, nearest_names
-from ..samples import Array, Sample
+from ..samples import MODALITIES, Array, Sample
 from .camera import Intrinsics, depth_to_xyz
 from .files import CLOUD_SUFFIXES, read_depth, read_image, read_mask, read_normals, read_raw, read_xyz
 from .opening import check_file, read_mapping, warn_once
@@ -150,7 +150,8 @@ def files_sample(
 def guess_roles(paths: Iterable[str | Path]) -> dict[str, Path]:
     """Role of each loose file, by its name and content.
 
-    PLY and PCD are ``xyz``; JSON and YAML ``intrinsics``. TIFF, NPY and images go by their numbers: floating point with
+    A file in a folder named after a view (``rgb/000.png``, ``normals/000.png``) is that view. PLY and PCD are ``xyz``;
+    JSON and YAML ``intrinsics``. TIFF, NPY and images go by their numbers: floating point with
     3 channels ``xyz``, or ``normals`` if ``normal`` is in the name or every vector has length 0 or 1; one channel of
     floating point or 16-bit ``depth``; otherwise ``rgb`` (or ``normals`` / ``mask`` by name).
 
@@ -168,6 +169,8 @@ def guess_roles(paths: Iterable[str | Path]) -> dict[str, Path]:
 
 def _guess_role(path: Path) -> str:
     suffix, name = path.suffix.lower(), path.stem.lower()
+    if path.absolute().parent.name.lower() in MODALITIES:
+        return path.absolute().parent.name.lower()
     if suffix in CLOUD_SUFFIXES or suffix == ".npz":
         return "xyz"
     if suffix in (".json", ".yaml", ".yml"):

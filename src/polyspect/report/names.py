@@ -13,6 +13,7 @@ _TITLES = {
     "f1_max": ("image", "F1-max"),
     "p_auroc": ("pixel", "AUROC"),
     "p_ap": ("pixel", "AP"),
+    "p_f1_max": ("pixel", "F1-max"),
 }
 _AUPRO = {"aupro": "exact", "aupro_sampled": "sampled"}
 GROUPS = ("image", "pixel", "exact", "sampled", "other")
