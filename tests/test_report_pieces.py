@@ -209,6 +209,21 @@ def test_depth_range_ignores_unmeasured_pixels_and_the_background():
     assert depth_span([{"map": depth}]) == 0.0
 
 
+def test_heights_are_light_where_high_and_never_taken_for_holes():
+    height = np.full((192, 192), -0.004, np.float32)  # most of the part lies a little under the fitted plane
+    height[40:80, 40:80] = 0.02
+    valid = np.ones((192, 192), bool)
+    valid[140:, 140:] = False
+    arrays = {"map": np.zeros_like(height), "height": height, "valid": valid}
+    assert columns_of([arrays]) == ["depth", "map"]
+    (picture,) = part_pictures(row(0, 0, 1.0), arrays, {}, 0.03, ["depth"])
+    assert (picture.title, picture.note) == ("Height", "light is high")
+    grey = decode(picture.uri).astype(int)
+    assert grey[60, 60, 0] > grey[110, 20, 0] + 50
+    assert np.ptp(grey[100:130, 10:130]) <= 4  # plain grey, no stripes (a little noise from the file format)
+    assert np.ptp(grey[150:, 150:]) > 10  # striped
+
+
 # -- the 3D view -----------------------------------------------------------------------------------------------------
 
 

@@ -73,7 +73,7 @@ def evaluate(
                 for name, branch in result.branch_maps.items():
                     _update(branches.setdefault(name, StreamingMetrics()), row, row.branch_scores[name], branch, result)
                 if out is not None:
-                    write_part(out, index, _arrays(result))
+                    write_part(out, index, _arrays(result, model.preparation.depth))
                 advance(1)
         with progress.task("metrics", 2 + len(branches)) as advance:
             metrics = fused.compute()
@@ -132,11 +132,14 @@ def _update(metrics: StreamingMetrics, row: PartRow, score: float, image: Array,
     metrics.update([score], [row.label], [image], [truth], defects=[row.defect or "unknown"], ids=[row.id])
 
 
-def _arrays(result: PartResult) -> dict[str, Array]:
+def _arrays(result: PartResult, depth: str) -> dict[str, Array]:
+    """What the results folder keeps of a part; `depth` says what the prepared depth is: ``z`` or ``height``."""
     sample = result.sample
     arrays: dict[str, Array] = {"map": result.map, "valid": sample.valid}
     arrays |= {f"branch.{name}": branch for name, branch in result.branch_maps.items()}
-    arrays |= {name: sample.images[name] for name in ("rgb", "depth", "normals", "xyz") if name in sample.images}
+    arrays |= {name: sample.images[name] for name in ("rgb", "normals", "xyz") if name in sample.images}
+    if "depth" in sample.images:
+        arrays["height" if depth == "height" else "depth"] = sample.images["depth"]
     if sample.foreground is not None:
         arrays["foreground"] = sample.foreground
     if sample.mask is not None:

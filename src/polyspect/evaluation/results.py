@@ -13,7 +13,8 @@ Arrays of one part, all on the grid H x W on which the detector's map lives (see
     map             (H, W)     anomaly map, raw; the only one that must be there
     branch.<name>   (H, W)     map of one modality or memory bank, raw
     rgb             (H, W, 3)  uint8, or float in 0..1
-    depth           (H, W)     metres, 0 where not measured
+    depth           (H, W)     metres along the optical axis, 0 where not measured
+    height          (H, W)     metres above the support plane, instead of depth if the preparation measures it
     normals         (H, W, 3)  unit vectors in the camera frame
     xyz             (h, w, 3)  metres in the camera frame: x right, y down, z forward; every s-th row and column
     valid           (H, W)     bool, True where the 3D sensor measured
@@ -46,6 +47,7 @@ PART_ARRAYS: dict[str, tuple[int, str]] = {  # name -> (number of axes, stored t
     "map": (2, "float32"),
     "rgb": (3, "uint8"),
     "depth": (2, "float32"),
+    "height": (2, "float32"),
     "normals": (3, "int8"),
     "xyz": (3, "float32"),
     "valid": (2, "uint8"),

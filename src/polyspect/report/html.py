@@ -146,7 +146,8 @@ def _gallery(
     )
     words += "alarms, then the closest calls."
     if "depth" in names:
-        words += f" Depth: white to black is {1000 * span:.3g} mm on every part, centred on its median."
+        quantity = "Height" if any("height" in arrays for _, arrays in shown) else "Depth"
+        words += f" {quantity}: white to black is {1000 * span:.3g} mm on every part, centred on its median."
     body = f"<p>{words}</p>{sections.legend(scales)}{''.join(articles)}"
     return sections.section("parts", "Pictures, worst mistakes first", body)
 

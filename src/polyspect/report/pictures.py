@@ -120,12 +120,13 @@ def part_pictures(
     for name in columns:
         if name == "mask":
             made.append(_truth_picture(part, arrays, base))
-        elif name not in arrays and not (name == "depth" and "xyz" in arrays):
+        elif name not in arrays and not (name == "depth" and {"height", "xyz"} & set(arrays)):
             made.append(Picture(_title(name), "not there"))
         elif name == "rgb":
             made.append(Picture("RGB", "", data_uri(base)))
         elif name == "depth":
-            made.append(Picture("Depth", "light is near", data_uri(_depth_picture(arrays, span, size))))
+            title, note = ("Height", "light is high") if "height" in arrays else ("Depth", "light is near")
+            made.append(Picture(title, note, data_uri(_depth_picture(arrays, span, size))))
         else:
             heat = scales[name].unit(_resize(arrays[name].astype(np.float32), size))
             score = part.score if name == "map" else part.branch_scores.get(name.removeprefix(BRANCH))
@@ -139,7 +140,7 @@ def part_pictures(
 def columns_of(parts: Iterable[Mapping[str, Array]]) -> list[str]:
     """The columns that any of the parts can fill: views, branches by name, the fused map, the truth."""
     there = {name for arrays in parts for name in arrays}
-    there |= {"depth"} if "xyz" in there else set()
+    there |= {"depth"} if there & {"height", "xyz"} else set()
     branches = sorted(name for name in there if name.startswith(BRANCH))
     return [name for name in ("rgb", "depth", *branches, "map", "mask") if name in there]
 
@@ -209,7 +210,13 @@ def _depth_picture(arrays: Mapping[str, Array], span: float, size: tuple[int, in
 
 
 def _depth(arrays: Mapping[str, Array]) -> tuple[Array, Array]:
-    """Depth in metres and where it was measured, both on one grid; from the points if no depth was stored."""
+    """Depth in metres and where it was measured, both on one grid; from the points if no depth was stored.
+
+    A height above the support plane counts as negative depth: what is high is near.
+    """
+    if "height" in arrays:
+        height = arrays["height"]
+        return -height, arrays.get("valid", np.ones(height.shape, bool)).astype(bool)
     if "depth" in arrays:
         depth = arrays["depth"]
         return depth, arrays.get("valid", np.ones(depth.shape, bool)) & (depth > 0)
@@ -219,7 +226,7 @@ def _depth(arrays: Mapping[str, Array]) -> tuple[Array, Array]:
 
 def _measured(arrays: Mapping[str, Array]) -> Array:
     """The measured depths on the part (N,), metres; of the whole picture if the part has none."""
-    if "depth" not in arrays and "xyz" not in arrays:
+    if not {"depth", "height", "xyz"} & set(arrays):
         return np.empty(0, np.float32)
     depth, valid = _depth(arrays)
     on_part = arrays.get("foreground")
