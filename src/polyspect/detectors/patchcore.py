@@ -9,7 +9,7 @@ Feature" (BTF, CVPR-W 2023) run it on modalities other than RGB. For modality m 
     d_mp = min over k of |f_mp - M_mk|                                                 (1)  BTF Sec. 3, PatchCore Eq. 6
     z_mp = (d_mp - mu_m) / sd_m            mu, sd over the patches of validation parts  (2)
     map  = sum_m blur(up(z_mp))            or the largest instead of the sum            (3)
-    s    = max of the map, or w_m d_m of the worst patch, standardised and joined as the map is   (4)  PatchCore Eq. 7
+    s    = mean of the map's largest 1 %, or its max, or w_m d_m of the worst patch, joined as the map is  (4)  Eq. 7
 
 With one bank (one modality, or ``fusion="concat"``: BTF's joined features) map and score keep the unit of d; Eq. 2 then
 serves the branch map only. Differs from the sources by Eqs. 2-3, which let modalities of different scale be added, by
@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from ..backbones.image import ImageBackbone
 from ..backbones.modalities import modality_features
 from ..errors import ConfigError, DataError
-from ..layers.maps import MapMoments
+from ..layers.maps import MapMoments, top_mean
 from ..layers.memory import MemoryBank, reweight
 from ..layers.smoothing import smooth
 from ..samples import MODALITIES, Batch, Features, Prediction
@@ -56,7 +56,8 @@ class PatchCoreConfig:
     max_gib: float = 4.0  # most memory for collected patches; beyond it a random sample of them, with a warning
     fusion: Literal["normalised_sum", "max", "concat"] = "normalised_sum"  # of modalities: Eq. 3, or BTF's joined bank
     scale_fusion: Literal["none", "std"] = "none"  # concat: features as they are (BTF), or each modality over its std
-    image_score: Literal["max_map", "reweighted"] = "max_map"  # Eq. 4: of the final map, or of the worst patch
+    image_score: Literal["top_mean", "max_map", "reweighted"] = "top_mean"  # Eq. 4: of the map, or of the worst patch
+    top_share: float = 0.01  # top_mean: share of the map's pixels, the largest ones, whose mean is the image score
     reweight: Literal["btf", "patchcore", "none"] = "btf"  # w of the worst patch: without or with its match, or w = 1
     reweight_scaled: bool = True  # divide distances by sqrt(C) in w, as BTF's code; False: as PatchCore Eq. 7
     n_reweight: int = 3  # bank patches around the match that w looks at, the match included
@@ -75,6 +76,7 @@ class PatchCoreConfig:
         _require(0 < self.eps < 1, "eps", "between 0 and 1", self.eps)
         _require(self.start >= 0, "start", "0 or more", self.start)
         _require(self.max_gib > 0, "max_gib", "above 0", self.max_gib)
+        _require(0 < self.top_share <= 1, "top_share", "above 0 and at most 1", self.top_share)
         _require(self.blur_sigma >= 0, "blur_sigma", "0 or more pixels", self.blur_sigma)
 
 
@@ -156,8 +158,9 @@ class PatchCore(Detector):
         else:
             levelled = [bank.standardise(s) for (_, bank), s in zip(self.named_banks(), scores)]
             fused, score = self._fuse(list(branches.values())), self._fuse(levelled)  # Eq. 3
-        if self.config.image_score == "max_map":
-            score = fused.flatten(1).amax(1)  # Eq. 4
+        if self.config.image_score != "reweighted":
+            share = self.config.top_share if self.config.image_score == "top_mean" else 0.0
+            score = top_mean(fused, share)  # Eq. 4
         return Prediction(score=score, map=fused, branch_maps=branches)
 
     # -- Eqs. 1 and 4 ------------------------------------------------------------------------------------------------

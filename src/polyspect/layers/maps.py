@@ -53,6 +53,15 @@ def gaussian_smooth(maps: Tensor, sigma: float, truncate: float = 4.0) -> Tensor
     return rows @ maps @ columns.T
 
 
+def top_mean(maps: Tensor, share: float) -> Tensor:
+    """Mean of the largest `share` of the values of each map (B, H, W), at least one: (B,).
+
+    Between the maximum (one noisy pixel decides) and the mean (a small defect drowns).
+    """
+    flat = maps.flatten(1)
+    return flat.topk(max(1, int(share * flat.shape[1])), dim=1).values.mean(1)
+
+
 class MapMoments:
     """Mean and population standard deviation, per branch, of maps that come batch by batch.
 
