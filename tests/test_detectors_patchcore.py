@@ -103,12 +103,18 @@ def test_scores_equal_eqs_1_to_4_written_as_loops(parts: Batch):
     assert_close(result.score, score, rtol=1e-4, atol=1e-4)
 
 
-def test_map_is_the_sum_of_branch_maps_and_the_score_its_maximum(detector: PatchCore, parts: Batch):
+def test_map_is_the_sum_of_branch_maps_and_the_score_the_mean_of_its_largest_values(detector: PatchCore, parts: Batch):
     result = predict(detector, parts)
     assert set(result.branch_maps) == {"rgb", "normals"}
     assert_close(result.map, result.branch_maps["rgb"] + result.branch_maps["normals"])
-    assert torch.equal(result.score, result.map.flatten(1).amax(1))
+    pixels = result.map.flatten(1).sort(1, descending=True).values
+    assert_close(result.score, pixels[:, : pixels.shape[1] // 100].mean(1))
     assert result.map.dtype == result.score.dtype == torch.float32
+
+
+def test_the_maximum_of_the_map_as_score(parts: Batch):
+    result = predict(fitted(image_score="max_map"), parts)
+    assert torch.equal(result.score, result.map.flatten(1).amax(1))
 
 
 def test_largest_branch_instead_of_the_sum(parts: Batch):

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from polyspect.layers.blocks import BlockPlan, ReverseDecoder, init_convolutions, plan_blocks, residual_stage
 from polyspect.layers.bottleneck import OneClassEmbedding
 from polyspect.layers.distillation import cosine_losses, kept_cells
-from polyspect.layers.maps import MapMoments, cosine_map, gaussian_smooth
+from polyspect.layers.maps import MapMoments, cosine_map, gaussian_smooth, top_mean
 from polyspect.layers.projection import AmplifierProjection, FilterProjection
 
 WIDE, SMALL = (256, 512, 1024), (64, 128, 256)
@@ -295,3 +295,11 @@ def test_moments_of_ones_and_threes_and_a_fresh_start():
         moments.add(torch.full((1, 1, 4, 4), value), torch.ones(1, 1, 4, 4, dtype=torch.bool))
     assert [float(x) for x in moments.take()] == [32, 2, 1]
     assert [len(x) for x in moments.take()] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"), [(0.0, [9.0, 3.0]), (0.25, [9.0, 3.0]), (0.5, [6.5, 2.5]), (1.0, [4.0, 1.0])]
+)
+def test_top_mean_by_hand(share, expected):
+    maps = torch.tensor([[[9.0, 4.0], [3.0, 0.0]], [[-1.0, 2.0], [0.0, 3.0]]])
+    assert top_mean(maps, share).tolist() == expected
