@@ -6,8 +6,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from polyspect.data.depth_scale import standardise_depth
 from polyspect.data.frame import Frame
-from polyspect.data.preparation import PREPARATIONS, Preparation, prepare, standardise_depth
+from polyspect.data.preparation import PREPARATIONS, Preparation, prepare
 from polyspect.errors import ConfigError, DataError
 from polyspect.samples import Sample
 

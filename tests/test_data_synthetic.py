@@ -12,10 +12,10 @@ import tifffile
 
 from polyspect.data.source import open_reader
 from polyspect.data.synthetic import CATEGORIES, DEFECTS, make_part, part_seed, render_part, write_dataset
-from polyspect.data.synthetic_canvas import Streams, Surface, digits, make_canvas, noise, scatter
-from polyspect.data.synthetic_defects import MAKERS
-from polyspect.data.synthetic_part import _size_of
-from polyspect.data.synthetic_render import (
+from polyspect.data.synthetic.canvas import Streams, Surface, digits, make_canvas, noise, scatter
+from polyspect.data.synthetic.defects import MAKERS
+from polyspect.data.synthetic.part import _size_of
+from polyspect.data.synthetic.render import (
     BASELINE_MM,
     DEPTH_NOISE_MM,
     DISTANCE_MM,

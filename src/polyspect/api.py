@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from . import __version__
 from .calibration import Calibration, calibrate, check_no_leak
 from .config import build_config
 from .data.depth_scale import fit_depth_scale
@@ -26,6 +25,7 @@ from .evaluation.evaluate import evaluate as _evaluate
 from .evaluation.results import Results
 from .fitting.progress import Progress
 from .model import Model, PartResult
+from .version import __version__
 
 log = logging.getLogger("polyspect")
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__
 from .errors import ConfigError, PolyspectError, nearest_names
+from .version import __version__
 
 EXAMPLES = """\
 examples:

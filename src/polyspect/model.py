@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from . import __version__
 from .calibration import Calibration
 from .config import build_config
 from .data.batches import collate
@@ -25,6 +24,7 @@ from .detectors.contract import Detector
 from .errors import DataError, ModelFileError
 from .fitting.modelfile import FORMAT, read_header, read_tensors, write_tensors
 from .samples import MODALITIES, Array, Sample
+from .version import __version__
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,19 +31,7 @@ from ..geometry.height import height_above, to_plane_frame
 from ..geometry.normals import sobel_normals, surface_normals
 from ..geometry.plane import Plane, corner_plane, empty_corners, fit_plane
 from ..samples import MODALITIES, Array, Sample
-from .depth_scale import DepthScale, fit_depth_scale, standardise_depth
-from .frame import Aspect, Filter, Frame, Nearest, restore
-
-__all__ = [
-    "PREPARATIONS",
-    "DepthScale",
-    "Frame",
-    "Preparation",
-    "fit_depth_scale",
-    "prepare",
-    "restore",
-    "standardise_depth",
-]
+from .frame import Aspect, Filter, Frame, Nearest
 
 
 @dataclass(frozen=True, kw_only=True)

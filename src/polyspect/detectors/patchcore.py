@@ -88,7 +88,7 @@ class PatchCore(Detector):
     """
 
     Config = PatchCoreConfig
-    PRESETS = {  # noqa: RUF012
+    PRESETS = {
         "paper": {
             "modalities": ("rgb",),
             "backbone": "wide_resnet50_2.tv_in1k",
@@ -100,7 +100,7 @@ class PatchCore(Detector):
         },
         "fast": {"bank_limit": 1_000},
     }
-    PREPARATION = {"paper": "btf"}  # noqa: RUF012
+    PREPARATION = {"paper": "btf"}
     frozen = ("backbone",)
     scale: Tensor  # what each modality's features are divided by in a joined bank
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..data.preparation import restore
+from ..data.frame import restore
 from ..model import PartResult
 from .results import write_atomically
 

@@ -36,9 +36,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .. import __version__
 from ..errors import DataError
 from ..samples import Array
+from ..version import __version__
 
 FORMAT = 1
 MAX_CLOUD_SIDE = 128  # rows and columns of the stored point grid, at most

@@ -11,8 +11,8 @@ import math
 
 import numpy as np
 
-from ..samples import Array
-from .synthetic_canvas import (
+from ...samples import Array
+from .canvas import (
     Canvas,
     Rng,
     Streams,

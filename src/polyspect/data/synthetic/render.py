@@ -23,9 +23,9 @@ from typing import Any
 import cv2
 import numpy as np
 
-from ..errors import ConfigError, nearest_names
-from ..samples import Array
-from .synthetic_canvas import Canvas, Colour, Rng, Surface, smoothstep
+from ...errors import ConfigError, nearest_names
+from ...samples import Array
+from .canvas import Canvas, Colour, Rng, Surface, smoothstep
 
 DISTANCE_MM = 400.0  # camera to table
 BASELINE_MM = 130.0  # projector beside the camera, on its left

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from . import synthetic_shapes as shapes
-from .synthetic_canvas import Canvas, Colour, Streams, Surface, linear
+from . import shapes
+from .canvas import Canvas, Colour, Streams, Surface, linear
 
 
 @dataclass(frozen=True, kw_only=True)

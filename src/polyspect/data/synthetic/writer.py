@@ -1,14 +1,4 @@
-"""Synthetic parts: ten categories with RGB, organised points, normals and defects of known kind, place and size.
-
-For tests, tutorials and benchmarks that must run without any real data. A part is a pure function of its category, a
-seed and its settings; the parts of a data set get their seeds from (seed, category, split, defect, index), so any of
-them can be made alone, in any order, with the same bytes.
-
-    make_part("gear", seed=7, defect="dent")        one part as a Sample
-    write_dataset("parts/", seed=0)                 a data set in the folder layout of MVTec 3D-AD
-
-What is simulated, and what is not, is in docs/synthetic.md. Nothing here stands for the data sets of the literature.
-"""
+"""A synthetic data set on disk, in the folder layout of MVTec 3D-AD: resumable, the same bytes every time."""
 
 from __future__ import annotations
 
@@ -28,24 +18,12 @@ import cv2
 import numpy as np
 import tifffile
 
-from .. import __version__
-from ..errors import ConfigError, DataError, nearest_names
-from ..samples import Array
-from .synthetic_categories import CATEGORIES, CategorySpec
-from .synthetic_defects import DEFECTS
-from .synthetic_part import GENERATOR, Part, make_part, part_seed, render_part
-from .synthetic_render import DISTANCE_MM, Camera
-
-__all__ = [
-    "CATEGORIES",
-    "DEFECTS",
-    "CategorySpec",
-    "Part",
-    "make_part",
-    "part_seed",
-    "render_part",
-    "write_dataset",
-]
+from ...errors import ConfigError, DataError, nearest_names
+from ...samples import Array
+from ...version import __version__
+from .categories import CATEGORIES
+from .part import GENERATOR, make_part, part_seed
+from .render import DISTANCE_MM, Camera
 
 MARKER = "synthetic.json"
 _FOLDERS = {"rgb": ".png", "xyz": ".tiff", "normals": ".png", "gt": ".png", "meta": ".json"}

@@ -14,7 +14,7 @@ from functools import lru_cache
 import cv2
 import numpy as np
 
-from ..samples import Array
+from ...samples import Array
 
 Rng = np.random.Generator
 Colour = tuple[float, float, float]

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from ..samples import Array
-from .synthetic_canvas import Canvas, Colour, Rng, Surface, linear, mix, noise, smoothstep
-from .synthetic_categories import CategorySpec
+from ...samples import Array
+from .canvas import Canvas, Colour, Rng, Surface, linear, mix, noise, smoothstep
+from .categories import CategorySpec
 
 DEFECTS: dict[str, str] = {
     "stain": "rgb",

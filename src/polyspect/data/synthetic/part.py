@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ConfigError, DataError, nearest_names
-from ..samples import Array, Sample
-from .synthetic_canvas import Canvas, Streams, Surface, make_canvas
-from .synthetic_categories import CATEGORIES, CategorySpec
-from .synthetic_defects import DEFECTS, MAKERS, Job, visible_change
-from .synthetic_render import (
+from ...errors import ConfigError, DataError, nearest_names
+from ...samples import Array, Sample
+from .canvas import Canvas, Streams, Surface, make_canvas
+from .categories import CATEGORIES, CategorySpec
+from .defects import DEFECTS, MAKERS, Job, visible_change
+from .render import (
     Camera,
     Hits,
     Scene,
