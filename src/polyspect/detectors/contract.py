@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -186,6 +187,31 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=list(range(torch.cuda.device_count()))):
         torch.manual_seed(seed)
         yield
+
+
+def require(method: str, holds: bool, field: str, expected: str, got: object) -> None:
+    """Check one setting of a method's config.
+
+    Raises:
+        ConfigError: it does not hold; says the field, what was expected and what was got.
+    """
+    if not holds:
+        raise ConfigError(f"`{field}` of {method} must be {expected}, got {got!r}")
+
+
+def require_views(method: str, names: Sequence[str]) -> None:
+    """Check `modalities` of a method that looks at image-like views and keeps a module under each view's name.
+
+    Raises:
+        ConfigError: no name, a name twice, ``xyz`` (no image), or a name that cannot be a module's.
+    """
+    require(method, len(names) >= 1, "modalities", "one or more names", names)
+    require(method, len(set(names)) == len(names), "modalities", "different names", names)
+    image_like = "image-like (use 'depth' or 'normals' instead of 'xyz')"
+    require(method, "xyz" not in names, "modalities", image_like, names)
+    for name in names:
+        usable = re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) and not hasattr(nn.ModuleDict(), name)
+        require(method, bool(usable), "modalities", "plain names of letters, digits and underscores", name)
 
 
 def configure(detector: type[Detector], values: Mapping[str, Any] | None = None, preset: str | None = None) -> Any:

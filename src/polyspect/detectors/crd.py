@@ -23,7 +23,6 @@ all students takes the same steps.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,15 +34,16 @@ from torch import Tensor, nn
 
 from ..backbones.image import ImageBackbone
 from ..backbones.modalities import modality_features
-from ..errors import ConfigError, DataError, ShapeError
+from ..errors import DataError, ShapeError
 from ..layers.blocks import BlockPlan, ReverseDecoder, init_convolutions, plan_blocks
 from ..layers.bottleneck import OneClassEmbedding
 from ..layers.distillation import cosine_losses
 from ..layers.maps import MapMoments, cosine_map, gaussian_smooth
 from ..layers.projection import AmplifierProjection, FilterProjection
 from ..samples import MODALITIES, Batch, Features, Prediction
-from .contract import Detector, Observe, Optimise, Stage, seeded
+from .contract import Detector, Observe, Optimise, Stage, require, require_views, seeded
 
+_require = partial(require, "CRD")
 SCALES = (1, 2, 3)  # strides 4, 8, 16
 
 
@@ -71,7 +71,7 @@ class CRDConfig:
     seed: int = 42  # of the students' first weights
 
     def __post_init__(self) -> None:
-        _check_modalities(self.modalities)
+        require_views("CRD", self.modalities)
         for name in ("epochs", "batch_size"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
         _require(self.learning_rate > 0, "learning_rate", "above 0", self.learning_rate)
@@ -304,17 +304,3 @@ def _evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         if training:
             module.train()
-
-
-def _check_modalities(names: tuple[str, ...]) -> None:
-    _require(len(names) >= 1, "modalities", "one or more names", names)
-    _require(len(set(names)) == len(names), "modalities", "different names", names)
-    _require("xyz" not in names, "modalities", "image-like (use 'depth' or 'normals' instead of 'xyz')", names)
-    for name in names:  # a branch is stored under its modality's name
-        usable = re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) and not hasattr(nn.ModuleDict(), name)
-        _require(bool(usable), "modalities", "plain names of letters, digits and underscores", name)
-
-
-def _require(holds: bool, field: str, expected: str, got: object) -> None:
-    if not holds:
-        raise ConfigError(f"`{field}` of CRD must be {expected}, got {got!r}")

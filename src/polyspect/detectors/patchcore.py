@@ -18,7 +18,6 @@ leaving unmeasured patches out (`mask_invalid`), and by an exact coreset (the co
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,13 +29,14 @@ from torch.nn import functional as F
 
 from ..backbones.image import ImageBackbone
 from ..backbones.modalities import modality_features
-from ..errors import ConfigError, DataError
+from ..errors import DataError
 from ..layers.maps import MapMoments, top_mean
 from ..layers.memory import MemoryBank, reweight
 from ..layers.smoothing import smooth
 from ..samples import MODALITIES, Batch, Features, Prediction
-from .contract import Detector, Observe, Stage
+from .contract import Detector, Observe, Stage, require, require_views
 
+_require = partial(require, "PatchCore")
 JOINED = "joined"  # the name of the bank over joined features
 
 
@@ -68,7 +68,7 @@ class PatchCoreConfig:
     seed: int = 0  # of the projection, of the sample if there are too many patches, of random weights
 
     def __post_init__(self) -> None:
-        _check_modalities(self.modalities)
+        require_views("PatchCore", self.modalities)
         for field in ("bank_limit", "grid", "n_reweight"):
             value = getattr(self, field)
             _require(value is None or value >= 1, field, "at least 1", value)
@@ -286,16 +286,3 @@ def _distances(bank: MemoryBank, patches: Tensor, measured: Tensor) -> tuple[Ten
 def _any_pixel(mask: Tensor, grid: Sequence[int]) -> Tensor:
     """(B, h, w) bool: whether a cell of the grid has a True pixel of `mask` (B, H, W)."""
     return F.adaptive_max_pool2d(mask[:, None].float(), tuple(grid))[:, 0] > 0
-
-
-def _check_modalities(names: tuple[str, ...]) -> None:
-    _require(len(names) >= 1, "modalities", "one or more names", names)
-    _require(len(set(names)) == len(names), "modalities", "each name once", names)
-    for name in names:  # a bank is stored under its modality's name
-        usable = re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) and not hasattr(nn.ModuleDict(), name)
-        _require(bool(usable), "modalities", "plain names of letters, digits and underscores", name)
-
-
-def _require(holds: bool, field: str, expected: str, got: object) -> None:
-    if not holds:
-        raise ConfigError(f"`{field}` of PatchCore must be {expected}, got {got!r}")
