@@ -1,0 +1,371 @@
+"""What each command does: call the library, print the result. Nothing heavy is imported until a command runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import ConfigError, nearest_names
+from .version import __version__
+
+
+def run_demo(a: argparse.Namespace) -> int:
+    """Generate synthetic parts, fit, evaluate, report."""
+    from . import api
+    from .fitting.progress import TerminalProgress
+
+    out, categories = Path(a.out), a.categories.split(",")
+    _render(a, out / "data", categories)
+    shown = {}
+    for category in categories:
+        where: dict[str, Any] = {"root": out / "data", "category": category, "cache": out / "cache"}
+        model_file, folder = out / f"{category}-{a.detector}.safetensors", out / f"report-{category}"
+        api.fit(
+            a.detector,
+            preset=a.preset,
+            out=model_file,
+            settings=_settings(a),
+            prepare=_pairs(a.prepare),
+            progress=TerminalProgress(),
+            **where,
+        )
+        results = api.evaluate(model_file, out=folder, progress=TerminalProgress(), **where)
+        shown[category] = {"metrics": results.metrics, "report": str((folder / "report.html").resolve())}
+        if not a.json:
+            _print_results(results)
+            print(f"report: {shown[category]['report']}")
+    if a.json:
+        print(json.dumps(shown))
+    return 0
+
+
+def run_make_synthetic(a: argparse.Namespace) -> int:
+    """Write synthetic parts in MVTec 3D-AD layout."""
+    from .data.synthetic import CATEGORIES
+
+    wanted = list(CATEGORIES) if a.categories == "all" else a.categories.split(",")
+    summary = _render(a, Path(a.folder), wanted, camera=a.camera, overwrite=a.overwrite)
+    text = f"{summary['parts']} synthetic parts of {len(wanted)} categories in {Path(a.folder).resolve()}"
+    _emit(a, summary, f"{text} ({summary['written']} written, {summary['skipped']} were there)")
+    return 0
+
+
+def _render(a: argparse.Namespace, folder: Path, categories: Sequence[str], **settings: Any) -> dict[str, Any]:
+    """Write a synthetic data set, showing progress."""
+    from contextlib import ExitStack
+
+    from .data.synthetic import write_dataset
+    from .fitting.progress import TerminalProgress
+
+    with ExitStack() as stack:
+        bars = stack.enter_context(TerminalProgress())
+        advances: list[Any] = []
+
+        def progress(done: int, total: int, name: str) -> None:
+            if not advances:
+                advances.append(stack.enter_context(bars.task("synthetic parts", total)))
+            advances[0](1, note=name)
+
+        counts = {name: getattr(a, name) for name in ("train", "validation", "test_good", "test_per_defect")}
+        return write_dataset(
+            folder, categories, size=a.size, seed=a.seed, progress=progress, workers=a.workers, **counts, **settings
+        )
+
+
+def run_data_list(a: argparse.Namespace) -> int:
+    """Count the parts of each category and split."""
+    from .data.source import open_reader
+
+    reader = open_reader(a.data, a.root, **_pairs(a.reader))
+    rows: dict[str, dict[str, Any]] = {}
+    for category in reader.categories():
+        rows[category] = {}
+        for split in ("train", "validation", "test"):
+            if reader.has_split(category, split):
+                counts: dict[str, int] = {}
+                for record in reader.records(category, split):
+                    counts[record.defect or "unknown"] = counts.get(record.defect or "unknown", 0) + 1
+                rows[category][split] = counts
+    text = "\n".join(
+        f"{category:<20} {split:<11} " + ", ".join(f"{defect} {count}" for defect, count in counts.items())
+        for category, splits in rows.items()
+        for split, counts in splits.items()
+    )
+    _emit(a, rows, text)
+    return 0
+
+
+def run_data_check(a: argparse.Namespace) -> int:
+    """Read and prepare every part once; report planes, valid shares and problems."""
+    from dataclasses import asdict
+
+    from .config import build_config
+    from .data.parts import Parts
+    from .data.preparation import PREPARATIONS, Preparation
+    from .data.source import open_reader
+    from .fitting.progress import TerminalProgress
+
+    if a.preparation not in PREPARATIONS:
+        raise ConfigError(f"unknown preparation '{a.preparation}': {nearest_names(a.preparation, PREPARATIONS)}")
+    reader = open_reader(a.data, a.root, **_pairs(a.reader))
+    preparation = build_config(Preparation, {**asdict(PREPARATIONS[a.preparation]), **_pairs(a.prepare)})
+    report: dict[str, Any] = {"parts": [], "problems": []}
+
+    def look(sample: Any) -> None:
+        plane = sample.meta.get("plane")
+        row = {"id": sample.id, "valid": round(float(sample.valid.mean()), 4), "flags": list(sample.meta["flags"])}
+        report["parts"].append({**row, "plane": plane})
+
+    for category in [a.category] if a.category else reader.categories():
+        for split in ("train", "validation", "test"):
+            if reader.has_split(category, split):
+                broken: dict[str, str] = {}
+                records = reader.records(category, split, broken)
+                parts = Parts(reader, records, preparation, on_error="skip", broken=broken)
+                with TerminalProgress() as progress, progress.task(f"{category}/{split}", len(records)) as advance:
+                    parts.check(look, advance)
+                report["problems"] += [{"id": part, "reason": reason} for part, reason in parts.skipped]
+    flagged = [row for row in report["parts"] if row["flags"]]
+    lines = [f"{len(report['parts'])} parts can be read, {len(report['problems'])} cannot, {len(flagged)} are flagged"]
+    lines += [f"  {row['id']}: {row['reason']}" for row in report["problems"]]
+    lines += [f"  {row['id']}: {', '.join(row['flags'])}" for row in flagged]
+    _emit(a, report, "\n".join(lines))
+    return 2 if report["problems"] else 0
+
+
+def run_detectors(a: argparse.Namespace) -> int:
+    """List the methods, or show one with all its settings."""
+    from .detectors import DETECTORS, describe, detector_class
+
+    if a.name is None:  # nothing heavy is imported for the list
+        rows = {name: describe(name) for name in DETECTORS}
+        _emit(a, rows, "\n".join(f"{name:<14} {text}" for name, text in rows.items()))
+        return 0
+    import dataclasses
+
+    kind = detector_class(a.name)
+    fields = {f.name: {"type": str(f.type), "default": f.default} for f in dataclasses.fields(kind.Config)}
+    shown = {"name": a.name, "about": describe(a.name), "settings": fields, "presets": dict(kind.PRESETS)}
+    lines = [f"{a.name}: {describe(a.name)}", "", "settings (polyspect fit --set NAME=VALUE):"]
+    lines += [f"  {name:<22} {spec['type']:<34} {spec['default']!r}" for name, spec in fields.items()]
+    lines += ["", "presets (--preset NAME):"]
+    lines += [
+        f"  {name}: " + (", ".join(f"{k}={v!r}" for k, v in values.items()) or "the defaults")
+        for name, values in kind.PRESETS.items()
+    ]
+    _emit(a, shown, "\n".join(lines))
+    return 0
+
+
+def run_fit(a: argparse.Namespace) -> int:
+    """Fit, calibrate, save."""
+    for name in ("detector", "root", "category", "out"):
+        if getattr(a, name) is None:
+            raise ConfigError(f"--{name} is missing: give it on the command line or in the --config file")
+    if not Path(a.out).parent.is_dir():
+        raise ConfigError(f"the folder of --out '{a.out}' does not exist: make it first")
+    from . import api
+    from .fitting.progress import TerminalProgress
+
+    model = api.fit(
+        a.detector,
+        data=a.data,
+        root=a.root,
+        category=a.category,
+        out=a.out,
+        preset=a.preset,
+        settings=_settings(a),
+        preparation=a.preparation,
+        prepare=_pairs(a.prepare),
+        reader_options=_pairs(a.reader),
+        seed=a.seed,
+        device=a.device,
+        precision=a.precision,
+        cache=_cache(a),
+        cache_gb=a.cache_gb,
+        false_reject=a.false_reject,
+        confidence=a.confidence,
+        max_train=a.max_train,
+        resume=a.resume,
+        on_error=a.on_error,
+        progress=TerminalProgress(),
+    )
+    header = model.header()
+    size = Path(a.out).stat().st_size / 2**20
+    statement = model.calibration.statement if model.calibration else ""
+    lines = [f"{a.out}: {a.detector} on {', '.join(model.modalities)}, {size:.1f} MiB", statement]
+    lines += [f"skipped {part}: {reason}" for part, reason in header["skipped"]]
+    _emit(a, {"model": str(a.out), "bytes": Path(a.out).stat().st_size, **header}, "\n".join(lines))
+    return 0
+
+
+def run_predict(a: argparse.Namespace) -> int:
+    """Judge new parts."""
+    from . import api
+    from .evaluation.predictions import write_predictions
+
+    skipped: list[tuple[str, str]] = []
+    results = api.predict(
+        api.load(a.model, a.device),
+        *a.paths,
+        data=a.data if a.root else None,
+        root=a.root,
+        category=a.category,
+        split=a.split,
+        reader_options=_pairs(a.reader),
+        intrinsics=a.intrinsics,
+        on_error=a.on_error,
+        skipped=skipped,
+    )
+    rows = write_predictions(results, Path(a.out) if a.out else None, skipped)
+    lines = [f"{'part':<44} {'score':>10} {'p-value':>8}  decision"]
+    for row in rows["parts"]:
+        p = "-" if row["p_value"] is None else f"{row['p_value']:.3f}"
+        lines.append(f"{row['id']:<44} {row['score']:>10.4f} {p:>8}  {row['decision'] or 'not calibrated'}")
+    lines += [f"skipped {item['id']}: {item['reason']}" for item in rows["skipped"]]
+    if a.out:
+        lines.append(f"written to {Path(a.out).resolve()}")
+    _emit(a, rows, "\n".join(lines))
+    return 0
+
+
+def run_evaluate(a: argparse.Namespace) -> int:
+    """Evaluate on a labelled split; write table, JSON, maps and the report."""
+    from . import api
+    from .fitting.progress import TerminalProgress
+
+    results = api.evaluate(
+        api.load(a.model, a.device) if a.device != "auto" else a.model,
+        data=a.data,
+        root=a.root,
+        category=a.category,
+        split=a.split,
+        out=a.out,
+        reader_options=_pairs(a.reader),
+        bootstrap=a.bootstrap,
+        cache=_cache(a),
+        on_error=a.on_error,
+        progress=TerminalProgress(),
+    )
+    if a.json:
+        print(json.dumps({k: v for k, v in results.as_dict().items() if k not in ("parts", "curves")}))
+        return 0
+    _print_results(results)
+    if a.out:
+        print(f"report: {(Path(a.out) / 'report.html').resolve()}")
+    return 0
+
+
+def run_report(a: argparse.Namespace) -> int:
+    """Write the HTML page of a results folder again."""
+    from .report.html import write_report
+
+    page = write_report(Path(a.folder), out=Path(a.out) if a.out else None, max_parts=a.parts)
+    _emit(a, {"report": str(page)}, f"report: {page.resolve()}")
+    return 0
+
+
+def run_weights(a: argparse.Namespace) -> int:
+    """List, check or fetch pretrained weights."""
+    from dataclasses import asdict
+
+    from .weights.catalogue import check, fetch, list_weights
+
+    if a.action == "list":
+        rows = list_weights(folder=a.folder)
+        text = "\n".join(f"{row.name:<28} {'here' if row.available else 'absent':<7} {row.where}" for row in rows)
+        _emit(a, [asdict(row) for row in rows], text)
+        return 0
+    if a.name is None:
+        raise ConfigError(
+            f"`polyspect weights {a.action}` needs the name of a backbone; `polyspect weights list` shows them"
+        )
+    found = fetch(a.name, folder=a.folder) if a.action == "fetch" else check(a.name, folder=a.folder)
+    row = {"name": found.name, "path": str(found.path), "sha256": found.sha256, "source": found.source}
+    _emit(a, row, f"{found.name}: {found.path} (from {found.source}), sha256 {found.sha256}")
+    return 0
+
+
+def run_info(a: argparse.Namespace) -> int:
+    """What is installed, or what a model file says of itself."""
+    if a.model:
+        from .model import describe
+
+        header = describe(a.model)
+        _emit(a, header, json.dumps(header, indent=2))
+        return 0
+    import importlib.metadata
+    import importlib.util
+    import os
+
+    names = (
+        "torch",
+        "torchvision",
+        "timm",
+        "numpy",
+        "scipy",
+        "opencv-python-headless",
+        "lightning-fabric",
+        "safetensors",
+    )
+    info: dict[str, Any] = {"polyspect": __version__, "python": sys.version.split()[0], "cpus": os.cpu_count()}
+    info["packages"] = {}
+    for name in names:
+        try:
+            info["packages"][name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            info["packages"][name] = None
+    info["extras"] = {name: importlib.util.find_spec(name) is not None for name in ("open3d", "anomalib")}
+    import torch
+
+    info["cuda"] = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
+    info["threads"] = torch.get_num_threads()
+    _emit(a, info, json.dumps(info, indent=2))
+    return 0
+
+
+# -- printing and small parsing --------------------------------------------------------------------------------------
+
+
+def _emit(a: argparse.Namespace, value: Any, text: str) -> None:
+    print(json.dumps(value, default=str) if a.json else text)
+
+
+def _print_results(results: Any) -> None:
+    from rich.console import Console
+
+    from .report.table import results_table
+
+    Console(width=None if sys.stdout.isatty() else 110).print(results_table(results))
+
+
+def _pairs(items: Sequence[str] | None) -> dict[str, Any]:
+    """``["size=224", "aspect=pad"]`` -> typed values, read as YAML."""
+    import yaml
+
+    pairs: dict[str, Any] = {}
+    for item in items or ():
+        name, equals, value = item.partition("=")
+        if not equals or not name:
+            raise ConfigError(f"'{item}' is not of the form name=value")
+        try:
+            pairs[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"the value of '{name}' cannot be read as YAML: {error}") from None
+    return pairs
+
+
+def _settings(a: argparse.Namespace) -> dict[str, Any]:
+    settings = _pairs(a.set)
+    if a.modalities:
+        names = a.modalities.split(",") if isinstance(a.modalities, str) else list(a.modalities)
+        settings["modalities"] = [name.strip() for name in names]
+    return settings
+
+
+def _cache(a: argparse.Namespace) -> str | None:
+    return None if a.no_cache else a.cache or str(Path.home() / ".cache" / "polyspect")
