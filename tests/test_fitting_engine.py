@@ -158,6 +158,14 @@ def test_another_seed_gives_another_fit_and_the_same_seed_the_same():
     assert not torch.equal(a.layer.weight, c.layer.weight)
 
 
+def test_mixed_precision_is_used_only_when_asked_for():
+    plain, mixed = fit(), fit(settings={"precision": "bf16-mixed"})
+    assert mixed.layer.weight.dtype == torch.float32
+    assert torch.isfinite(mixed.layer.weight).all()
+    assert not torch.equal(plain.layer.weight, mixed.layer.weight)
+    torch.testing.assert_close(plain.layer.weight, mixed.layer.weight, rtol=0.05, atol=0.05)
+
+
 def test_features_are_extracted_once_and_reused_by_the_next_fit(tmp_path):
     first = fit(settings={"cache": str(tmp_path)})
     again = fit(settings={"cache": str(tmp_path)})

@@ -82,7 +82,7 @@ def run_data_list(a: argparse.Namespace) -> int:
 
     reader = open_reader(a.data, a.root, **_pairs(a.reader))
     rows: dict[str, dict[str, Any]] = {}
-    for category in reader.categories():
+    for category in [a.category] if a.category else reader.categories():
         rows[category] = {}
         for split in ("train", "validation", "test"):
             if reader.has_split(category, split):
