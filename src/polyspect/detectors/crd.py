@@ -149,7 +149,13 @@ class CRD(Detector):
     # fast: 40 epochs of small steps that end at a learning rate of 7e-5, a few minutes for 140 parts on two CPU cores
     PRESETS = {
         "paper": {"backbone": "wide_resnet50_2.tv_in1k"},
-        "fast": {"backbone": "efficientnet_lite0", "epochs": 40, "batch_size": 8, "lr_decay": 0.9},
+        "fast": {
+            "backbone": "efficientnet_lite0",
+            "epochs": 40,
+            "batch_size": 8,
+            "lr_decay": 0.9,
+            "mask_invalid": True,
+        },
     }
     PREPARATION = {"paper": "crd_paper"}
     frozen = ("teacher",)
