@@ -134,7 +134,7 @@ def test_pictures_and_normals_alone_are_enough(root):
     [
         (
             "train/001_depth.png",
-            r"001_normals\.png: its partner is missing: expected 'depth' at .*train/data/001_depth\.png",
+            r"001_image_4\.png: its partner is missing: expected 'depth' at .*train/data/001_depth\.png",
         ),
         ("train/002_image_4.png", r"002_\w+\.png: its partner is missing: expected 'rgb' at .*002_image_4\.png"),
         ("train/000_info_depth.yaml", r"000_depth\.png: its partner 000_info_depth\.yaml is missing; .* no scale"),
