@@ -16,7 +16,7 @@ import tifffile
 from PIL import Image
 
 from polyspect.cli import build_parser, main
-from polyspect.data.synthetic import write_dataset
+from polyspect.data.synthetic import make_part, write_dataset
 
 SMALL = ["--prepare", "size=64", "--set", "bank_limit=200"]
 
@@ -155,6 +155,40 @@ def test_predict_takes_two_files_a_folder_or_a_data_set_and_agrees(pristine, mod
     assert written.shape == (64, 64)
     assert written.max() > 0
     assert len(list(csv.DictReader((tmp_path / "out" / "predictions.csv").read_text().splitlines()))) == 3
+
+
+def test_depth_images_and_a_camera_file_stand_in_for_a_cloud(tmp_path, capsys):
+    root, camera = tmp_path / "own", tmp_path / "camera.json"
+    camera.write_text('{"fx": 266.7, "fy": 266.7, "cx": 31.5, "cy": 31.5, "scale": 0.0001}')
+    for split, label, seeds in [
+        ("train", "good", range(5)),
+        ("validation", "good", range(9, 12)),
+        ("test", "dent", [20]),
+    ]:
+        folder = root / split / label
+        folder.mkdir(parents=True)
+        for seed in seeds:
+            part = make_part("washer", seed, defect=None if label == "good" else label, size=64)
+            Image.fromarray(part.images["rgb"]).save(folder / f"{seed:03d}_rgb.png")
+            counts = np.rint(part.images["depth"] * 1e4).astype(np.uint16)
+            Image.fromarray(counts).save(folder / f"{seed:03d}_depth.png")
+    (root / "polyspect.yaml").write_text(f"category: washer\nintrinsics: {camera}\n")
+    out = tmp_path / "m.safetensors"
+    where = ["--data", "folder", "--root", str(root), "--category", "washer", "--no-cache"]
+    views = ["--modalities", "rgb,normals", *SMALL]
+    assert main(["fit", "--detector", "patchcore", *where, *views, "--out", str(out)]) == 0
+    new = tmp_path / "new"
+    new.mkdir()
+    for kind in ("rgb", "depth"):
+        shutil.copy(root / "test" / "dent" / f"020_{kind}.png", new / f"020_{kind}.png")
+    files = [str(new / "020_rgb.png"), str(new / "020_depth.png")]
+    scores = []
+    capsys.readouterr()
+    for paths in (files, [str(new)]):
+        assert main(["predict", str(out), *paths, "--intrinsics", str(camera), "--json"]) == 0
+        scores.append(json.loads(capsys.readouterr().out)["parts"][0]["score"])
+    assert scores[0] == pytest.approx(scores[1], rel=1e-6)
+    assert "nothing says how long one count is" in refused(capsys, ["predict", str(out), *files])
 
 
 def test_the_command_line_wins_over_the_config_file(pristine, tmp_path, capsys):

@@ -159,7 +159,7 @@ def predict(
         category: Category in the data set's spelling.
         split: Which split of it.
         reader_options: Options of the reader.
-        intrinsics: Camera file, where a depth image is among `paths`.
+        intrinsics: Camera file, where `paths` bring depth images.
         on_error: ``skip`` leaves bad parts out.
         skipped: Filled with (id, reason) of each part left out.
 
@@ -176,7 +176,8 @@ def predict(
             raise ConfigError(
                 "give the files of one part, or one folder of parts, or a data set by data, root, category"
             )
-        reader: Reader = open_reader("folder", paths[0], **(reader_options or {}))
+        camera = {} if intrinsics is None else {"intrinsics": str(Path(intrinsics).resolve())}
+        reader: Reader = open_reader("folder", paths[0], **{**(reader_options or {}), **camera})
         records = [record for name in reader.categories() for record in reader.records(name, split, broken)]
     else:
         if root is None or category is None:
