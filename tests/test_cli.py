@@ -154,6 +154,8 @@ def test_predict_takes_two_files_a_folder_or_a_data_set_and_agrees(pristine, mod
     written = tifffile.imread(tmp_path / "out" / folder[0]["map"])
     assert written.shape == (64, 64)
     assert written.max() > 0
+    with Image.open(tmp_path / "out" / folder[0]["picture"]) as picture:
+        assert (picture.mode, picture.size) == ("RGB", (64, 64))
     assert len(list(csv.DictReader((tmp_path / "out" / "predictions.csv").read_text().splitlines()))) == 3
 
 

@@ -279,7 +279,7 @@ def _add_predict(command: Callable[..., argparse.ArgumentParser]) -> None:
     )
     sub.add_argument("model", help="model file")
     sub.add_argument("paths", nargs="*", help="the files of one part (FILE or ROLE=FILE), or a folder")
-    sub.add_argument("--out", help="folder for predictions.csv, predictions.json and a map per part")
+    sub.add_argument("--out", help="folder for predictions.csv, .json, and a map and a picture per part")
     sub.add_argument("--split", default="test")
     sub.add_argument("--intrinsics", help="camera file (JSON or YAML), where a depth image is given")
     _add_source(sub)

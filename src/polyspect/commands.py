@@ -206,11 +206,12 @@ def run_fit(a: argparse.Namespace) -> int:
 def run_predict(a: argparse.Namespace) -> int:
     """Judge new parts."""
     from . import api
-    from .evaluation.predictions import write_predictions
+    from .report.verdicts import write_verdicts
 
     skipped: list[tuple[str, str]] = []
+    model = api.load(a.model, a.device)
     results = api.predict(
-        api.load(a.model, a.device),
+        model,
         *a.paths,
         data=a.data if a.root else None,
         root=a.root,
@@ -221,7 +222,8 @@ def run_predict(a: argparse.Namespace) -> int:
         on_error=a.on_error,
         skipped=skipped,
     )
-    rows = write_predictions(results, Path(a.out) if a.out else None, skipped)
+    threshold = model.calibration.threshold if model.calibration else None
+    rows = write_verdicts(results, Path(a.out) if a.out else None, skipped, threshold)
     lines = [f"{'part':<44} {'score':>10} {'p-value':>8}  decision"]
     for row in rows["parts"]:
         p = "-" if row["p_value"] is None else f"{row['p_value']:.3f}"

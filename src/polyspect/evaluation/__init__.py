@@ -1,1 +1,1 @@
-"""Evaluation of a model on labelled parts, the results folder, and verdicts on new parts."""
+"""Evaluation of a model on labelled parts, and the results folder that it leaves behind."""

@@ -1,1 +1,1 @@
-"""Reports written from a results folder alone: the HTML page, its figures, and tables for the terminal."""
+"""What people read: the HTML page and terminal tables of a results folder, and verdicts on new parts."""

@@ -1,4 +1,4 @@
-"""Verdicts on new parts: one table and one map per part."""
+"""Verdicts on new parts: one table, and per part its map as numbers and as a picture."""
 
 from __future__ import annotations
 
@@ -10,20 +10,28 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..data.frame import restore
+from ..evaluation.results import write_atomically
 from ..model import PartResult
-from .results import write_atomically
+from ..samples import Array
+from .pictures import colour, overlay
 
-COLUMNS = ("id", "score", "p_value", "decision", "map")
+COLUMNS = ("id", "score", "p_value", "decision", "map", "picture")
 
 
-def write_predictions(
-    results: Iterable[PartResult], out: Path | None, skipped: Sequence[tuple[str, str]] = ()
+def write_verdicts(
+    results: Iterable[PartResult],
+    out: Path | None,
+    skipped: Sequence[tuple[str, str]] = (),
+    threshold: float | None = None,
 ) -> dict[str, Any]:
     """Collect verdicts and, with `out`, write them with their maps.
 
     ``OUT/predictions.json`` and ``OUT/predictions.csv`` hold one row per part; ``OUT/maps/ID.tiff`` is the raw anomaly
-    map on the part's original pixel grid, float32.
+    map on the part's original pixel grid, float32. With a `threshold`, ``OUT/maps/ID.png`` shows the map over the
+    prepared part; the same colours for all parts, the middle of the scale being the threshold.
 
     Returns:
         ``{"parts": [...], "skipped": [...]}``, as in the JSON file.
@@ -37,9 +45,12 @@ def write_predictions(
             "decision": result.decision,
             "branch_scores": {name: float(branch.max()) for name, branch in result.branch_maps.items()},
             "map": None,
+            "picture": None,
         }
         if out is not None:
             row["map"] = _write_map(result, out)
+            if threshold is not None and threshold > 0:
+                row["picture"] = _write_picture(result, out, threshold)
         rows.append(row)
     report = {"parts": rows, "skipped": [{"id": part, "reason": reason} for part, reason in skipped]}
     if out is not None:
@@ -56,11 +67,27 @@ def write_predictions(
 def _write_map(result: PartResult, out: Path) -> str:
     import tifffile
 
-    safe = [re.sub(r"[^\w.\-]+", "_", piece) for piece in result.id.split("/") if piece not in ("", ".", "..")]
-    name = "/".join(["maps", *safe]) + ".tiff"
-    path = out / name
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = io.BytesIO()
     tifffile.imwrite(content, restore(result.map, result.sample.meta["frame"]).astype("float32"))
+    return _write(result, out, ".tiff", content)
+
+
+def _write_picture(result: PartResult, out: Path, threshold: float) -> str:
+    from PIL import Image
+
+    heat: Array = np.clip(result.map / (2 * threshold), 0, 1)
+    rgb = result.sample.images.get("rgb")
+    shown = colour(heat) if rgb is None else overlay(np.rint(rgb * 255).astype(np.uint8), heat)
+    content = io.BytesIO()
+    Image.fromarray(shown).save(content, "PNG")
+    return _write(result, out, ".png", content)
+
+
+def _write(result: PartResult, out: Path, suffix: str, content: io.BytesIO) -> str:
+    """Write under a file name made from the part's id; returns it, relative to `out`."""
+    safe = [re.sub(r"[^\w.\-]+", "_", piece) for piece in result.id.split("/") if piece not in ("", ".", "..")]
+    name = "/".join(["maps", *safe]) + suffix
+    path = out / name
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, content.getvalue())
     return name
