@@ -153,7 +153,6 @@ def test_settings_out_of_range_are_named(field, value):
         CRDConfig(**{field: direct})
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the parser behind `configure`, not of the detector
 def test_settings_from_plain_values_are_checked_too():
     assert configure(CRD, {"filter_stride": None, "amplifier_expansion": None}, "fast").filter_stride is None
     assert configure(CRD, {"modalities": ["rgb", "normals"]}).modalities == ("rgb", "normals")
