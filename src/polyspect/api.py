@@ -23,6 +23,7 @@ from .detectors.contract import Detector, configure
 from .errors import CalibrationError, ConfigError, DataError, nearest_names
 from .evaluation.evaluate import evaluate as _evaluate
 from .evaluation.results import Results
+from .fitting.engine import Engine, EngineConfig
 from .fitting.progress import Progress
 from .model import Model, PartResult
 from .version import __version__
@@ -104,8 +105,6 @@ def fit(
     }
     parts = Parts(reader, train, chosen, **common, broken=broken["train"] if broken else None)
     held = Parts(reader, validation, chosen, **common, broken=broken["validation"] if broken else None)
-    from .fitting.engine import Engine, EngineConfig  # torch loads here, after the cheap checks
-
     engine_config = EngineConfig(
         seed=seed,
         device=device,
@@ -113,15 +112,15 @@ def fit(
         cache=str(cache_folder) if cache_folder else None,
         cache_bytes=int(cache_gb * 2**30),
     )
+    # a device or weights that cannot be had are errors before the long work starts
+    engine = Engine(engine_config, checkpoint=Path(f"{out}.checkpoint") if out else None, progress=progress)
+    network = kind(config)
     with progress:
         with progress.task("prepare", len(train) + len(validation)) as advance:
             parts.check(advance=advance)
             held.check(advance=advance)
         if chosen.depth_range == "category" and "depth" in config.modalities:
             parts.scale = held.scale = fit_depth_scale(parts.samples())
-        checkpoint = Path(f"{out}.checkpoint") if out else None
-        engine = Engine(engine_config, checkpoint=checkpoint, progress=progress)
-        network = kind(config)
         fitted = engine.fit(network, {"train": parts, "validation": held}, resume=resume)
         model = Model(detector, fitted, chosen, parts.scale, None, _info(fitted, reader, category, parts, held, seed))
         with progress.task("calibrate", len(held)) as advance:
