@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -15,8 +16,6 @@ from polyspect.backbones.image import DEFAULT_BACKBONE, ImageBackbone, default_b
 from polyspect.errors import ConfigError, ShapeError, WeightsError
 from polyspect.weights.convert import load_state
 from polyspect.weights.resolve import resolve
-
-timm = pytest.importorskip("timm")
 
 
 @pytest.fixture(scope="module")

@@ -103,7 +103,8 @@ def cloud_part(seed, size=24):
 
 
 def test_batch_holds_the_parts_channel_first():
-    torch = pytest.importorskip("torch")
+    import torch
+
     preparation = Preparation(size=32)
     samples = [prepare(cloud_part(seed), preparation) for seed in range(3)]
     scale = fit_depth_scale(samples)
@@ -126,7 +127,6 @@ def test_batch_holds_the_parts_channel_first():
 
 
 def test_unlike_parts_are_refused_by_name():
-    pytest.importorskip("torch")
     preparation = Preparation(size=32)
     scale = DepthScale(0, 1)
     a, b = (prepare(cloud_part(seed), preparation) for seed in range(2))

@@ -37,7 +37,8 @@ def test_nearest_follows_eq_1_and_eq_2(source):
 
 
 def test_nearest_corner_is_torchs_nearest():
-    torch = pytest.importorskip("torch")
+    import torch
+
     image = np.random.default_rng(0).random((37, 53)).astype(np.float32)
     frame = Frame.fit(37, 53, 48, aspect="squash", nearest="corner")
     expected = torch.nn.functional.interpolate(torch.from_numpy(image)[None, None], size=(48, 48), mode="nearest")

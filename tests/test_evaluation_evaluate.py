@@ -52,6 +52,22 @@ def test_metrics_are_those_of_the_predictions(model: Model, root: Path, tmp_path
         np.testing.assert_allclose(read_part(tmp_path, row.index)["map"], part.map, rtol=1e-5, atol=1e-5)
 
 
+def test_unmeasured_pixels_can_be_left_out(model: Model, root: Path):
+    results = ps.evaluate(model, root=root, bootstrap=0, ignore_invalid=True, **WHERE)
+    parts = list(ps.predict(model, data="mvtec3d", root=root, **WHERE))
+    assert any(not part.sample.valid.all() for part in parts)
+    expected = evaluate_maps(
+        [part.score for part in parts],
+        [part.sample.label for part in parts],
+        np.stack([part.map for part in parts]),
+        np.stack([part.sample.mask for part in parts]),
+        ignore=np.stack([~part.sample.valid for part in parts]),
+    )
+    assert results.metrics == pytest.approx(expected)
+    assert results.metrics["p_auroc"] != ps.evaluate(model, root=root, bootstrap=0, **WHERE).metrics["p_auroc"]
+    assert results.grid.endswith("pixels without 3D data left out")
+
+
 def test_good_parts_alone_leave_metrics_undefined(model: Model, root: Path, tmp_path: Path):
     copy = Path(shutil.copytree(root, tmp_path / "parts"))
     for folder in (copy / "gasket" / "test").iterdir():

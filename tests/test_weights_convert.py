@@ -6,14 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 
 from polyspect.errors import WeightsError
 from polyspect.weights.convert import efficientnet_lite_to_timm, fit_state, is_efficientnet_lite, load_state
 from polyspect.weights.resolve import resolve
-
-timm = pytest.importorskip("timm")
 
 PALACE, DAISY = 698, 985  # ImageNet-1k class numbers
 
@@ -134,8 +133,9 @@ def _swap_roles(name: str) -> str:
 
 def test_the_converted_network_knows_what_it_sees(package, network):
     """scikit-learn's two sample pictures: a Chinese palace and a flower (ImageNet's closest class is 'daisy')."""
-    datasets = pytest.importorskip("sklearn.datasets")
-    image_module = pytest.importorskip("PIL.Image")
+    from PIL import Image as image_module
+    from sklearn import datasets
+
     pictures = {Path(file).name: picture for file, picture in zip(*_bunch(datasets))}
     network.load_state_dict(efficientnet_lite_to_timm(package, network), strict=False)
     for name, wanted, floor in (("china.jpg", PALACE, 0.25), ("flower.jpg", DAISY, 0.15)):

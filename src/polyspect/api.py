@@ -200,6 +200,7 @@ def evaluate(
     out: str | Path | None = None,
     reader_options: Mapping[str, Any] | None = None,
     bootstrap: int = 200,
+    ignore_invalid: bool = False,
     cache: str | Path | None = None,
     on_error: OnError = "raise",
     progress: Progress | None = None,
@@ -215,6 +216,7 @@ def evaluate(
         out: Folder for results.json, parts.csv, the maps and report.html; None writes nothing.
         reader_options: Options of the reader.
         bootstrap: Resamples for the intervals; 0 for none.
+        ignore_invalid: Leave pixels without 3D data out of the pixel metrics; the papers count them.
         cache: Folder for prepared parts.
         on_error: ``skip`` leaves bad parts out and lists them in the results.
         progress: Where progress is shown.
@@ -243,7 +245,16 @@ def evaluate(
     }
     path = None if isinstance(model, Model) else Path(model)
     folder = Path(out) if out else None
-    results = _evaluate(fitted, parts, about, out=folder, path=path, resamples=bootstrap, progress=progress)
+    results = _evaluate(
+        fitted,
+        parts,
+        about,
+        out=folder,
+        path=path,
+        resamples=bootstrap,
+        ignore_invalid=ignore_invalid,
+        progress=progress,
+    )
     if folder is not None:
         from .report.html import write_report
 

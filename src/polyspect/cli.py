@@ -298,6 +298,7 @@ def _add_evaluate(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--out", help="folder for results.json, parts.csv, maps and report.html")
     sub.add_argument("--split", default="test")
     sub.add_argument("--bootstrap", type=int, default=200, help="resamples for the intervals, 0 for none (200)")
+    sub.add_argument("--ignore-invalid", action="store_true", help="leave pixels without 3D data out of pixel metrics")
     _add_source(sub, root=True, category=True)
     _add_run(sub)
     _add_cache(sub)

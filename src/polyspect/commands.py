@@ -249,6 +249,7 @@ def run_evaluate(a: argparse.Namespace) -> int:
         out=a.out,
         reader_options=_pairs(a.reader),
         bootstrap=a.bootstrap,
+        ignore_invalid=a.ignore_invalid,
         cache=_cache(a),
         on_error=a.on_error,
         progress=TerminalProgress(),

@@ -36,6 +36,7 @@ def evaluate(
     out: Path | None = None,
     path: Path | None = None,
     resamples: int = 200,
+    ignore_invalid: bool = False,
     progress: Progress | None = None,
 ) -> Results:
     """Judge all parts and compute every metric.
@@ -47,6 +48,7 @@ def evaluate(
         out: Results folder to write; None writes nothing.
         path: The model's file, for its name and hash in the results.
         resamples: Bootstrap resamples; 0 for no intervals.
+        ignore_invalid: Leave pixels that the 3D sensor did not measure out of the pixel metrics; the papers count them.
         progress: Where progress is shown.
 
     Raises:
@@ -63,18 +65,8 @@ def evaluate(
         with progress.task("prepare", len(parts)) as advance:
             parts.check(advance=advance)
         prepared_s = time.perf_counter() - started
-        rows, fused = [], StreamingMetrics()
-        branches: dict[str, StreamingMetrics] = {}
         with progress.task("predict", len(parts)) as advance:
-            for index, result in enumerate(model.predict(parts)):
-                row = _row(index, result)
-                rows.append(row)
-                _update(fused, row, row.score, result.map, result)
-                for name, branch in result.branch_maps.items():
-                    _update(branches.setdefault(name, StreamingMetrics()), row, row.branch_scores[name], branch, result)
-                if out is not None:
-                    write_part(out, index, _arrays(result, model.preparation.depth))
-                advance(1)
+            rows, fused, branches = _judge(model, parts, out, ignore_invalid, advance)
         with progress.task("metrics", 2 + len(branches)) as advance:
             metrics = fused.compute()
             advance(1)
@@ -85,7 +77,6 @@ def evaluate(
                 values = streaming.compute()
                 branch_metrics[name] = {metric: values[metric] for metric in BRANCH_METRICS}
                 advance(1)
-    side = model.preparation.size
     results = Results(
         model=_about_model(model, path),
         data={**about, **_counts(rows), "fingerprint": parts.fingerprint()},
@@ -99,11 +90,37 @@ def evaluate(
         timing=_timing(model, len(rows), prepared_s, time.perf_counter() - started),
         skipped=[{"id": part, "reason": reason} for part, reason in parts.skipped],
         curves=_curves(fused),
-        grid=f"prepared, {side} x {side} pixels; ground truth resized to it (nearest)",
+        grid=_grid(model, ignore_invalid),
     ).check()
     if out is not None:
         write_results(out, results)
     return results
+
+
+def _judge(
+    model: Model, parts: Parts, out: Path | None, ignore_invalid: bool, advance: Any
+) -> tuple[list[PartRow], StreamingMetrics, dict[str, StreamingMetrics]]:
+    """Predict all parts: their rows, the metrics' input of the fused map, and of each branch."""
+    rows: list[PartRow] = []
+    fused, branches = StreamingMetrics(), dict[str, StreamingMetrics]()
+    for index, result in enumerate(model.predict(parts)):
+        row = _row(index, result)
+        rows.append(row)
+        ignore = ~result.sample.valid if ignore_invalid else None
+        _update(fused, row, row.score, result.map, result, ignore)
+        for name, branch in result.branch_maps.items():
+            own = branches.setdefault(name, StreamingMetrics())
+            _update(own, row, row.branch_scores[name], branch, result, ignore)
+        if out is not None:
+            write_part(out, index, _arrays(result, model.preparation.depth))
+        advance(1)
+    return rows, fused, branches
+
+
+def _grid(model: Model, ignore_invalid: bool) -> str:
+    side = model.preparation.size
+    left_out = "; pixels without 3D data left out" if ignore_invalid else ""
+    return f"prepared, {side} x {side} pixels; ground truth resized to it (nearest){left_out}"
 
 
 def _row(index: int, result: PartResult) -> PartRow:
@@ -120,7 +137,9 @@ def _row(index: int, result: PartResult) -> PartRow:
     )
 
 
-def _update(metrics: StreamingMetrics, row: PartRow, score: float, image: Array, result: PartResult) -> None:
+def _update(
+    metrics: StreamingMetrics, row: PartRow, score: float, image: Array, result: PartResult, ignore: Array | None
+) -> None:
     """Add one part; a part without ground-truth mask counts as free of defect pixels only if it is good."""
     mask = result.sample.mask
     if mask is None and row.label == 1:
@@ -129,7 +148,15 @@ def _update(metrics: StreamingMetrics, row: PartRow, score: float, image: Array,
             f"supply it, or use `polyspect predict` for scores alone"
         )
     truth = np.zeros(image.shape, bool) if mask is None else mask
-    metrics.update([score], [row.label], [image], [truth], defects=[row.defect or "unknown"], ids=[row.id])
+    metrics.update(
+        [score],
+        [row.label],
+        [image],
+        [truth],
+        defects=[row.defect or "unknown"],
+        ids=[row.id],
+        ignore=None if ignore is None else [ignore],
+    )
 
 
 def _arrays(result: PartResult, depth: str) -> dict[str, Array]:

@@ -149,7 +149,7 @@ def metric_sections(results: Results) -> str:
     if results.branches:
         listed = [("all together", None, results.metrics)]
         listed += [(name, None, metrics) for name, metrics in results.branches.items()]
-        note = '<p class="note">Each modality or memory bank scored alone, to see which one saw the defects.</p>'
+        note = '<p class="note">Each modality or memory bank alone, by the maximum of its own map, to see which one saw the defects.</p>'
         made += section("branches", "By modality", _grouped_table("Branch", listed) + note)
     return made
 
