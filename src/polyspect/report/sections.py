@@ -149,7 +149,8 @@ def metric_sections(results: Results) -> str:
     if results.branches:
         listed = [("all together", None, results.metrics)]
         listed += [(name, None, metrics) for name, metrics in results.branches.items()]
-        note = '<p class="note">Each modality or memory bank alone, by the maximum of its own map, to see which one saw the defects.</p>'
+        words = "Each modality or memory bank alone, by the maximum of its own map, to see which one saw the defects."
+        note = f'<p class="note">{words}</p>'
         made += section("branches", "By modality", _grouped_table("Branch", listed) + note)
     return made
 
