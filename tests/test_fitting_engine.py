@@ -254,3 +254,36 @@ def test_old_stores_make_room(tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"a", "b"}
     make_room(tmp_path, 1000, keep={"a"})
     assert {p.name for p in tmp_path.iterdir()} == {"a"}
+
+
+# -- passes of an Observe stage ----------------------------------------------------------------------------------------
+
+
+def members_seen(stage_settings, over="features"):
+    """Which parts each call of `update` got, told by their mean colour."""
+    parts, calls = TinyParts(range(7)), []
+    colours = [float(parts.batch([i]).images["rgb"].mean()) for i in range(7)]
+
+    def update(seen):
+        means = seen.images["rgb"].mean((1, 2, 3)) if over == "batches" else seen["colour"].mean(1)
+        calls.append([min(range(7), key=lambda i: abs(colours[i] - float(m))) for m in means])
+
+    toy = Toy(ToyConfig())
+    stage = Observe(name="look", update=update, finish=lambda: None, over=over, **stage_settings)
+    toy.stages = lambda: [stage]
+    Engine(EngineConfig(device="cpu", block=3)).fit(toy, {"train": parts})
+    return calls
+
+
+def test_one_pass_sees_the_parts_in_order_in_the_engines_blocks():
+    assert members_seen({}, over="batches") == [[0, 1, 2], [3, 4, 5], [6]]
+
+
+@pytest.mark.parametrize("over", ["batches", "features"])
+def test_several_passes_see_every_part_once_each_in_orders_of_their_own(over):
+    calls = members_seen({"passes": 3, "batch_size": 4}, over)
+    assert [len(call) for call in calls] == [4, 3] * 3
+    turns = [calls[i] + calls[i + 1] for i in (0, 2, 4)]
+    assert all(sorted(turn) == list(range(7)) for turn in turns)
+    assert len({tuple(turn) for turn in turns}) == 3
+    assert members_seen({"passes": 3, "batch_size": 4}, over) == calls

@@ -86,7 +86,7 @@ class Engine:
             for index in range(at, len(stages)):
                 stage = stages[index]
                 if isinstance(stage, Observe):
-                    self._observe(detector, stage, splits[stage.split])
+                    self._observe(detector, stage, index, splits[stage.split])
                 else:
                     first, state = (epoch, optimizer_state) if index == at else (0, None)
                     self._optimise(detector, stage, index, splits[stage.split], first, state, identity)
@@ -99,19 +99,26 @@ class Engine:
 
     # -- the two kinds of stage --------------------------------------------------------------------------------------
 
-    def _observe(self, detector: Detector, stage: Observe, parts: PartSource) -> None:
+    def _observe(self, detector: Detector, stage: Observe, index: int, parts: PartSource) -> None:
         detector.eval()
         count = len(parts)
         store = None if stage.over == "batches" else self._store(detector, parts)
-        with torch.no_grad(), self.progress.task(stage.name, count) as advance:
-            for first in range(0, count, self.config.block):
-                members = range(first, min(first + self.config.block, count))
-                if store is None:
-                    stage.update(parts.batch(members).to(self.fabric.device))
-                else:
-                    stage.update(store.rows(members, self.fabric.device))
-                advance(len(members))
+        with torch.no_grad(), self.progress.task(stage.name, stage.passes * count) as advance:
+            for turn in range(stage.passes):
+                for members in self._blocks(stage, count, (index, turn)):
+                    if store is None:
+                        stage.update(parts.batch(members).to(self.fabric.device))
+                    else:
+                        stage.update(store.rows(members, self.fabric.device))
+                    advance(len(members))
             stage.finish()
+
+    def _blocks(self, stage: Observe, count: int, place: tuple[int, int]) -> list[list[int]]:
+        """The parts of one pass: in order, or shuffled into batches where the stage says of what size."""
+        if stage.batch_size is not None:
+            return shuffled_batches(count, stage.batch_size, derive_seed(self.config.seed, *place))
+        block = self.config.block
+        return [list(range(first, min(first + block, count))) for first in range(0, count, block)]
 
     def _optimise(
         self,
