@@ -46,6 +46,11 @@ MODALITIES: dict[str, Modality] = {
 """The modalities whose meaning is fixed by their name. Any other name is an extra image-like view, read as RGB is."""
 
 
+def is_geometric(name: str) -> bool:
+    """Whether modality `name` comes from the 3D sensor, so that it means something only where a part is valid."""
+    return name in MODALITIES and MODALITIES[name].geometric
+
+
 @dataclass(frozen=True, eq=False)
 class Sample:
     """One part, one capture: registered views on one pixel grid.

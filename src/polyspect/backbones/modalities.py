@@ -7,7 +7,7 @@ crossmodal distillation). All modalities go through the network as one batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -70,3 +70,19 @@ def modality_features(
         ConfigError, DataError, ShapeError: as `modality_image`.
     """
     return split_modalities(backbone(stack_modalities(batch, names)), names)
+
+
+def name_stages(stages: Mapping[str, Stages]) -> dict[str, Tensor]:
+    """Features of several modalities as the flat mapping that detectors return: ``"<modality>.1"``, ``"<modality>.2"``.
+
+    Numbers count from the shallowest stage.
+    """
+    return {f"{name}.{scale}": x for name, maps in stages.items() for scale, x in enumerate(maps, start=1)}
+
+
+def stages_of(features: Mapping[str, Tensor], name: str, count: int = 3) -> Stages:
+    """The stages of one modality, shallow first, from what `name_stages` made, in channels_last layout.
+
+    (Convolutions train and predict faster on it, on CPUs as on GPUs.)
+    """
+    return [features[f"{name}.{scale}"].contiguous(memory_format=torch.channels_last) for scale in range(1, count + 1)]

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import build_config
-from ..errors import ConfigError, DataError, ModelFileError, NotFittedError, nearest_names
+from ..errors import ConfigError, DataError, ModelFileError, NotFittedError, ShapeError, nearest_names
 from ..samples import Batch, Features, Prediction
 
 Split = Literal["train", "validation"]
@@ -37,7 +37,8 @@ class Observe:
     """One pass without gradients: `update` per batch, then `finish` once.
 
     Memory banks, score statistics, closed-form fits; with ``over="batches"`` the raw batches, for statistics of the
-    frozen network itself.
+    frozen network itself. Parts come in the order of the split, in blocks as they are extracted; with `batch_size`
+    they come in an order drawn from the fit's seed, anew for each of `passes`, as in training.
     """
 
     name: str
@@ -45,6 +46,8 @@ class Observe:
     finish: Callable[[], None]
     split: Split = "train"
     over: Literal["features", "batches"] = "features"
+    passes: int = 1
+    batch_size: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +192,19 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block, so that scoring never updates batch-norm statistics; the mode is put back."""
+    training = module.training
+    if training:
+        module.eval()
+    try:
+        yield
+    finally:
+        if training:
+            module.train()
+
+
 def require(method: str, holds: bool, field: str, expected: str, got: object) -> None:
     """Check one setting of a method's config.
 
@@ -212,6 +228,20 @@ def require_views(method: str, names: Sequence[str]) -> None:
     for name in names:
         usable = re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name) and not hasattr(nn.ModuleDict(), name)
         require(method, bool(usable), "modalities", "plain names of letters, digits and underscores", name)
+
+
+def require_grid(method: str, batch: Batch, cell: int) -> None:
+    """Check that height and width of a batch are multiples of the coarsest grid cell, and at least two of them.
+
+    Raises:
+        ShapeError: they are not; names the part, its size and the cell.
+    """
+    height, width = batch.valid.shape[-2:]
+    if height % cell or width % cell or min(height, width) < 2 * cell:
+        raise ShapeError(
+            f"part '{batch.ids[0]}' is {width}x{height} pixels; {method} needs multiples of {cell}, at least "
+            f"{2 * cell}: prepare the parts at such a size, e.g. 256x256"
+        )
 
 
 def configure(detector: type[Detector], values: Mapping[str, Any] | None = None, preset: str | None = None) -> Any:

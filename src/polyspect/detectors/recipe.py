@@ -1,0 +1,60 @@
+"""The training recipe that the distillation methods share: Adam with a rate that may fall after each epoch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from .contract import require
+
+
+class Recipe(Protocol):
+    """The settings of a method's config that say how its students are trained."""
+
+    @property
+    def epochs(self) -> int:
+        """Passes over the training parts."""
+
+    @property
+    def batch_size(self) -> int:
+        """Parts per step."""
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the optimizer, at the start."""
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        """Of Adam."""
+
+    @property
+    def lr_decay(self) -> float:
+        """What the learning rate is multiplied by after each epoch; 1 is none."""
+
+
+def check_recipe(method: str, recipe: Recipe) -> None:
+    """Check the settings of a recipe.
+
+    Raises:
+        ConfigError: one is out of range; names it.
+    """
+    for name in ("epochs", "batch_size"):
+        require(method, getattr(recipe, name) >= 1, name, "at least 1", getattr(recipe, name))
+    require(method, recipe.learning_rate > 0, "learning_rate", "above 0", recipe.learning_rate)
+    require(method, 0 < recipe.lr_decay <= 1, "lr_decay", "above 0 and at most 1", recipe.lr_decay)
+    betas_fit = len(recipe.betas) == 2 and all(0 <= beta < 1 for beta in recipe.betas)
+    require(method, betas_fit, "betas", "two numbers in [0, 1)", recipe.betas)
+
+
+def adam(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """Adam in one kernel for all parameters."""
+    return torch.optim.Adam(parameters, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
+
+
+def decay(recipe: Recipe) -> Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]:
+    """The schedule that multiplies the learning rate by `lr_decay` after every epoch."""
+    return partial(torch.optim.lr_scheduler.ExponentialLR, gamma=recipe.lr_decay)
