@@ -9,10 +9,25 @@ from scipy.ndimage import gaussian_filter
 from torch import nn
 from torch.testing import assert_close
 
-from polyspect.layers.blocks import BlockPlan, ReverseDecoder, init_convolutions, plan_blocks, residual_stage
+from polyspect.layers.blocks import (
+    BlockPlan,
+    ForwardTrunk,
+    ReverseDecoder,
+    init_convolutions,
+    plan_blocks,
+    residual_stage,
+)
 from polyspect.layers.bottleneck import OneClassEmbedding
 from polyspect.layers.distillation import cosine_losses, kept_cells
-from polyspect.layers.maps import MapMoments, cosine_map, gaussian_smooth, top_mean
+from polyspect.layers.maps import (
+    MapMoments,
+    cosine_map,
+    cosine_shares,
+    enlarge,
+    fill_unkept,
+    gaussian_smooth,
+    top_mean,
+)
 from polyspect.layers.projection import AmplifierProjection, FilterProjection
 
 WIDE, SMALL = (256, 512, 1024), (64, 128, 256)
@@ -150,6 +165,45 @@ def test_decoder_with_all_weight_on_the_student_ignores_its_assistants():
             assert torch.equal(r, g)
 
 
+# -- priors ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_decoder_with_priors_has_the_published_size():
+    with torch.device("meta"):
+        wide = ReverseDecoder(WIDE, plan_blocks("wide_resnet50_2", WIDE), priors="input")
+        small = ReverseDecoder(SMALL, plan_blocks("resnet18", SMALL), priors="input")
+        assert parameters(wide) == 27_866_624
+        assert parameters(small) == 4_030_848
+        first = wide.stages[1][0]
+        assert tuple(first.conv1.weight.shape) == (256, 2048, 1, 1)
+        assert tuple(first.upsample[0].weight.shape) == (2048, 512, 2, 2)
+
+
+def test_priors_behind_every_stage_pass_a_1x1_convolution():
+    decoder = ReverseDecoder(TINY, PLAN, priors="output").eval()
+    embedding, priors = torch.randn(2, 20, 2, 2, generator=torch.Generator().manual_seed(1)), features(seed=3)
+    with torch.no_grad():
+        raw, mixed = decoder(embedding, priors=priors)
+        for i in range(3):
+            weight, bias = decoder.join[2 - i].weight, decoder.join[2 - i].bias
+            joined = torch.einsum("oc,bchw->bohw", weight[:, :, 0, 0], torch.cat([raw[i], priors[i]], 1))
+            assert_close(mixed[i], joined + bias[:, None, None], rtol=1e-4, atol=1e-5)
+        assert_close(raw[0], decoder.stages[2](mixed[1]))
+
+
+def test_a_forward_trunk_is_a_resnets_and_takes_priors_beside_its_stages():
+    with torch.device("meta"):
+        assert parameters(ForwardTrunk(WIDE, plan_blocks("wide_resnet50_2", WIDE))) == 24_862_528
+    trunk = ForwardTrunk(TINY, PLAN, inputs=6, priors=True).eval()
+    x = torch.randn(2, 6, 64, 64, generator=torch.Generator().manual_seed(1))
+    priors = features(seed=3)
+    with torch.no_grad():
+        first, second, third = trunk(x, priors)
+        assert_close(second, trunk.stages[1](torch.cat([first, priors[0]], 1)))
+        assert_close(third, trunk.stages[2](torch.cat([second, priors[1]], 1)))
+    assert [y.shape for y in (first, second, third)] == [y.shape for y in priors]
+
+
 # -- losses ------------------------------------------------------------------------------------------------------------
 
 
@@ -246,6 +300,36 @@ def test_masked_map_ignores_what_lies_in_cells_without_a_kept_pixel():
     assert_close(cosine_map(spoilt, teacher, (64, 64), keep)[keep], clean[keep])
     assert not torch.allclose(cosine_map(spoilt, teacher, (64, 64))[keep], clean[keep])
     assert_close(cosine_map(student, teacher, (64, 64), torch.ones_like(keep)), cosine_map(student, teacher, (64, 64)))
+
+
+def test_scales_can_be_multiplied():
+    student, teacher = features(seed=1), features(seed=2)
+    each = [cosine_map([s], [t], (64, 64)) for s, t in zip(student, teacher)]
+    assert_close(cosine_map(student, teacher, (64, 64), multiply=True), each[0] * each[1] * each[2])
+
+
+def test_shares_of_a_distance_add_up_and_follow_their_summand():
+    student, first, second = (features(seed=s)[0] for s in (1, 2, 3))
+    shares = cosine_shares(student, [first, second])
+    distance = 1 - torch.nn.functional.cosine_similarity(student, first + second, dim=1)
+    assert_close(shares.sum(1), distance, rtol=1e-4, atol=1e-5)
+    assert_close(cosine_shares(student, [first])[:, 0], 1 - torch.nn.functional.cosine_similarity(student, first))
+    silent = cosine_shares(student, [first, torch.zeros_like(first)])
+    assert_close(silent[:, 1], torch.zeros_like(distance))
+    # T = (1, 0) + (0, 1); S = (1, 0): the second summand is what is missing
+    by_hand = cosine_shares(
+        torch.tensor([1.0, 0.0]).view(1, 2, 1, 1), [torch.tensor(v).view(1, 2, 1, 1) for v in ([1.0, 0], [0, 1.0])]
+    ).flatten()
+    assert_close(by_hand, torch.tensor([0.5 - 0.5**0.5, 0.5]))
+    nothing = cosine_shares(student, [torch.zeros_like(first)] * 2)
+    assert torch.equal(nothing, torch.zeros_like(nothing))
+
+
+def test_unkept_pixels_get_the_mean_of_the_others():
+    maps = torch.tensor([[[1.0, 2.0], [3.0, 9.0]], [[5.0, 5.0], [5.0, 5.0]]])
+    keep = torch.tensor([[[True, True], [True, False]], [[False, False], [False, False]]])
+    assert fill_unkept(maps, keep).tolist() == [[[1.0, 2.0], [3.0, 2.0]], [[0.0, 0.0], [0.0, 0.0]]]
+    assert torch.equal(enlarge(maps, (2, 2)), maps)
 
 
 @pytest.mark.parametrize("shape", [(40, 56), (64, 64), (7, 5)])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Change = Literal["same", "down", "up"]  # what a block does to height and width: keep, halve, double
+Priors = Literal["none", "input", "output"]  # where a decoder takes priors in
 
 
 @dataclass(frozen=True)
@@ -112,37 +113,54 @@ def residual_stage(
 
 
 class ReverseDecoder(nn.Module):
-    """Restores features at strides 16, 8, 4 from an embedding at stride 32, optionally mixing in those of assistants.
+    """Restores features at strides 16, 8, 4 from an embedding at stride 32, optionally helped by other feature maps.
 
-    Stage i makes R_i from what came before; with `assistants` > 0 a learned convex combination of R_i and the
+    Stage i makes R_i from what came before. With `assistants` > 0 a learned convex combination of R_i and the
     assistants' Q_i is passed on (CRD, Sec. 4.2, Eq. 3; the weights are softmax(theta_i), equal at the start):
 
         G_i = u_i0 R_i + sum_j u_ij Q_ij,    u_i = softmax(theta_i)
 
+    With `priors` a map of the stage's own width goes along with it (MMRD, Eq. 8): beside the input of the next stage,
+    R_{i-1} = D_{i-1}([G_i ; prior_i]) for i = 3, 2, or behind every stage, G_i = conv1x1([D_i(...) ; prior_i]).
+
     `nonneg` says that the features to restore are never negative, so that each stage may end in a ReLU.
     """
 
-    def __init__(self, channels: Sequence[int], plan: BlockPlan, *, nonneg: bool = True, assistants: int = 0) -> None:
+    def __init__(
+        self,
+        channels: Sequence[int],
+        plan: BlockPlan,
+        *,
+        nonneg: bool = True,
+        assistants: int = 0,
+        priors: Priors = "none",
+    ) -> None:
         super().__init__()
         c1, c2, c3 = channels
-        steps = ((2 * c3, c3), (c3, c2), (c2, c1))  # deepest first, as `theta`
+        wider = 2 if priors == "input" else 1
+        steps = ((2 * c3, c3), (wider * c3, c2), (wider * c2, c1))  # deepest first, as `theta`
+        self.priors = priors
         self.stages = nn.ModuleList(
             residual_stage(plan, inputs, outputs, blocks, "up", last_relu=nonneg)
             for (inputs, outputs), blocks in zip(steps, plan.decoder_blocks)
         )
+        joined = (c3, c2, c1) if priors == "output" else ()
+        self.join = nn.ModuleList(nn.Conv2d(2 * width, width, 1) for width in joined)
         sizes = [1 + assistants] * 3 if assistants else []
         self.theta = nn.ParameterList(nn.Parameter(torch.ones(size)) for size in sizes)
 
     def forward(
-        self, embedding: Tensor, assistants: Sequence[Sequence[Tensor]] = ()
+        self, embedding: Tensor, assistants: Sequence[Sequence[Tensor]] = (), priors: Sequence[Tensor] = ()
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Decode an embedding (B, 2 C_3, h, w).
 
         Args:
             assistants: For each assistant its Q_1, Q_2, Q_3, shallow first, each (B, C_i, h_i, w_i).
+            priors: The prior of each scale, shallow first, each (B, C_i, h_i, w_i); needed unless `priors` is "none".
+                Beside the input the first one is not used.
 
         Returns:
-            The restored features R and the mixed ones G, shallow first; the same list twice without assistants.
+            The restored features R and the mixed ones G, shallow first; equal without assistants and joined priors.
         """
         x, raw, mixed = embedding, [], []
         for depth, stage in enumerate(self.stages):
@@ -153,8 +171,58 @@ class ReverseDecoder(nn.Module):
                 x = u[0] * x
                 for share, assistant in zip(u[1:], assistants, strict=True):
                     x = x + share * assistant[2 - depth]
+            if self.join:
+                x = self.join[depth](torch.cat([x, priors[2 - depth]], dim=1))
             mixed.append(x)
+            if self.priors == "input" and depth < 2:
+                x = torch.cat([x, priors[2 - depth]], dim=1)
         return raw[::-1], mixed[::-1]
+
+
+class ForwardTrunk(nn.Module):
+    """An untrained image network with features at strides 4, 8, 16: the student of forward distillation.
+
+    Stem (7x7 stride 2, norm, ReLU, 3x3 max-pool stride 2) and three residual stages; with the plan of a ResNet it is
+    that ResNet's trunk. With `priors` the inputs of stages 2 and 3 carry a map of the stage before beside them.
+
+    Args:
+        channels: C_1, C_2, C_3.
+        inputs: Channels of the image.
+        priors: Whether `forward` takes priors.
+        nonneg: Whether the features to imitate are never negative, so that each stage may end in a ReLU.
+    """
+
+    def __init__(
+        self, channels: Sequence[int], plan: BlockPlan, *, inputs: int = 3, priors: bool = False, nonneg: bool = True
+    ) -> None:
+        super().__init__()
+        c1, c2, c3 = channels
+        stem, wider = min(64, c1), 2 if priors else 1
+        self.stem = nn.Sequential(
+            nn.Conv2d(inputs, stem, 7, stride=2, padding=3, bias=False),
+            nn.BatchNorm2d(stem),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(3, stride=2, padding=1),
+        )
+        steps: tuple[tuple[int, int, Change], ...] = (
+            (stem, c1, "same"),
+            (wider * c1, c2, "down"),
+            (wider * c2, c3, "down"),
+        )
+        self.stages = nn.ModuleList(
+            residual_stage(plan, before, after, blocks, change, last_relu=nonneg)
+            for (before, after, change), blocks in zip(steps, plan.decoder_blocks)
+        )
+
+    def forward(self, images: Tensor, priors: Sequence[Tensor] = ()) -> list[Tensor]:
+        """Features of images (B, inputs, H, W), shallow first; `priors` as those of `ReverseDecoder`, last unused."""
+        x, features = self.stem(images), []
+        for index, stage in enumerate(self.stages):
+            if priors and index > 0:
+                x = torch.cat([x, priors[index - 1]], dim=1)
+            x = stage(x)
+            features.append(x)
+        return features
 
 
 def init_convolutions(module: nn.Module) -> None:

@@ -23,25 +23,37 @@ class OneClassEmbedding(nn.Module):
         plan: The kind and number of residual blocks.
         sources: How many feature sets of these widths are stacked along the channels: 1 is plain Reverse Distillation,
             whose path at stride 16 is the identity; each further one comes from another modality.
+        fuse: False leaves the multi-scale fusion out: only the features at stride 16 are embedded.
+        compress: False replaces the residual stage by a 2x2 mean and a 1x1 convolution to the same width.
     """
 
-    def __init__(self, channels: Sequence[int], plan: BlockPlan, sources: int = 1) -> None:
+    def __init__(
+        self,
+        channels: Sequence[int],
+        plan: BlockPlan,
+        sources: int = 1,
+        *,
+        fuse: bool = True,
+        compress: bool = True,
+    ) -> None:
         super().__init__()
         c1, c2, c3 = (sources * width for width in channels)
         out = channels[-1]
         deep: nn.Module = nn.Identity() if sources == 1 else conv_unit(c3, out, 3)
-        self.paths = nn.ModuleList(
-            [
-                nn.Sequential(*conv_unit(c1, c2, 3, stride=2), *conv_unit(c2, out, 3, stride=2)),
-                conv_unit(c2, out, 3, stride=2),
-                deep,
-            ]
+        wide = nn.Sequential(*conv_unit(c1, c2, 3, stride=2), *conv_unit(c2, out, 3, stride=2)) if fuse else None
+        middle = conv_unit(c2, out, 3, stride=2) if fuse else None
+        self.paths = nn.ModuleList([path for path in (wide, middle, deep) if path is not None])
+        joined = len(self.paths) * out
+        self.stage: nn.Module = (
+            residual_stage(plan, joined, 2 * out, plan.embedding_blocks, "down")
+            if compress
+            else nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(joined, 2 * out, 1, bias=False))
         )
-        self.stage = residual_stage(plan, 3 * out, 2 * out, plan.embedding_blocks, "down")
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         """Embed three maps, shallow first, each (B, sources * C_i, h_i, w_i)."""
-        fused = torch.cat([path(x) for path, x in zip(self.paths, features, strict=True)], dim=1)
+        seen = list(features)[-len(self.paths) :]
+        fused = torch.cat([path(x) for path, x in zip(self.paths, seen, strict=True)], dim=1)
         return self.stage(fused)
 
 

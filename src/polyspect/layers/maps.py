@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -12,9 +13,14 @@ from .distillation import EPS, kept_cells
 
 
 def cosine_map(
-    students: Sequence[Tensor], teachers: Sequence[Tensor], size: tuple[int, int], keep: Tensor | None = None
+    students: Sequence[Tensor],
+    teachers: Sequence[Tensor],
+    size: tuple[int, int],
+    keep: Tensor | None = None,
+    *,
+    multiply: bool = False,
 ) -> Tensor:
-    """Sum over scales of 1 - cos per position, each brought to `size` (bilinear, corners aligned).
+    """Sum (or product) over scales of 1 - cos per position, each brought to `size` (bilinear, corners aligned).
 
     Reverse Distillation, Sec. 3.3; Crossmodal Reverse Distillation, Eq. 10.
 
@@ -29,16 +35,45 @@ def cosine_map(
         (B, H, W) of `widest` dtype, from 0 to 2 per scale (to 1 where features cannot be negative), no unit.
     """
     device = teachers[0].device
-    total = torch.zeros(len(teachers[0]), *size, dtype=widest(device), device=device)
+    total: Tensor | None = None
     for student, teacher in zip(students, teachers, strict=True):
         distance = 1 - F.cosine_similarity(student.float(), teacher.float(), dim=1, eps=EPS)  # B h w
-        if keep is None:
-            total = total + _enlarge(distance, size)
-        else:
-            cells = kept_cells(keep, distance.shape[-2:]).float()
-            share = _enlarge(cells, size)
-            total = total + torch.where(share > 0, _enlarge(distance * cells, size) / share, 0)
+        large = enlarge(distance, size, keep).to(widest(device))
+        total = large if total is None else total * large if multiply else total + large
+    assert total is not None
     return total
+
+
+def cosine_shares(student: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """Split 1 - cos(S, T) along the summands of T: (B, m, h, w), whose sum over m is the distance.
+
+    With unit vectors s and t of S and T = sum_m T_m, 1 - cos(S, T) = t . (t - s) = sum_m T_m . (t - s) / |T|. A share
+    can be negative where its summand speaks against the others. Where T is 0 all shares are 0.
+
+    Args:
+        student: S, (B, C, h, w).
+        parts: T_m, each (B, C, h, w).
+    """
+    target = reduce(torch.add, parts)
+    norm = torch.linalg.vector_norm(target, dim=1, keepdim=True).clamp(min=EPS)
+    away = target / norm - F.normalize(student, dim=1, eps=EPS)
+    return torch.stack([(part * away).sum(1) for part in parts], dim=1) / norm
+
+
+def enlarge(maps: Tensor, size: tuple[int, int], keep: Tensor | None = None) -> Tensor:
+    """Bring maps (B, h, w) to `size`: bilinear, corners aligned; `keep` as in `cosine_map`."""
+    if keep is None:
+        return _enlarge(maps, size)
+    cells = kept_cells(keep, maps.shape[-2:]).float()
+    share = _enlarge(cells, size)
+    return torch.where(share > 0, _enlarge(maps * cells, size) / share, 0)
+
+
+def fill_unkept(maps: Tensor, keep: Tensor) -> Tensor:
+    """Give pixels of maps (B, H, W) where `keep` is False the mean of the part's kept ones; 0 where nothing is kept."""
+    weight = keep.to(maps.dtype)
+    mean = (maps * weight).sum((1, 2)) / weight.sum((1, 2)).clamp(min=1)
+    return torch.where(keep, maps, mean[:, None, None])
 
 
 def gaussian_smooth(maps: Tensor, sigma: float, truncate: float = 4.0) -> Tensor:
