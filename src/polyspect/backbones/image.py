@@ -162,6 +162,26 @@ def default_backbone(
     return ImageBackbone(DEFAULT_BACKBONE, reductions, weights, pretrained, seed)
 
 
+def trainable_network(name: str, reductions: Sequence[int] = (4, 8, 16), seed: int = 0) -> nn.Module:
+    """An untrained copy of a backbone's architecture that learns: the student of forward distillation.
+
+    Returns:
+        timm's feature network under its own tensor names, in train mode: normalised images (B, 3, H, W) -> features
+        (B, C_i, H / r_i, W / r_i), shallow first.
+
+    Raises:
+        ConfigError: unknown backbone, a reduction that it does not have, or features that are not (B, C, h, w).
+    """
+    architecture = KNOWN[name].network or name if name in KNOWN else name
+    with _seeded(seed):
+        network = _build(architecture, [stage.number for stage in last_stages(name, reductions)], False)
+    if str(getattr(network, "output_fmt", "NCHW")).endswith("NHWC"):
+        raise ConfigError(
+            f"backbone '{name}' returns channels last and cannot be a student: choose a convolutional one"
+        )
+    return network.train()
+
+
 def last_stages(name: str, reductions: Sequence[int]) -> list[Stage]:
     """For each wanted reduction the last stage of backbone `name` that has it, shallow first.
 

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
 DETECTORS: dict[str, str] = {
     "patchcore": "polyspect.detectors.patchcore:PatchCore",
     "crd": "polyspect.detectors.crd:CRD",
+    "mmrd": "polyspect.detectors.mmrd:MMRD",
+    "reverse_distillation": "polyspect.detectors.reverse_distillation:ReverseDistillation",
+    "forward_distillation": "polyspect.detectors.forward_distillation:ForwardDistillation",
 }
 
 
