@@ -287,3 +287,30 @@ def test_several_passes_see_every_part_once_each_in_orders_of_their_own(over):
     assert all(sorted(turn) == list(range(7)) for turn in turns)
     assert len({tuple(turn) for turn in turns}) == 3
     assert members_seen({"passes": 3, "batch_size": 4}, over) == calls
+
+
+# -- compiling ---------------------------------------------------------------------------------------------------------
+
+
+def test_compiled_loss_is_the_same_up_to_rounding_and_part_of_a_checkpoints_identity(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda loss: seen.append(loss) or loss)
+    plain, compiled = fit(), fit(settings={"compile": True})
+    assert len(seen) == 1
+    assert torch.equal(plain.layer.weight, compiled.layer.weight)
+    engines = [Engine(EngineConfig(device="cpu", compile=flag)) for flag in (False, True)]
+    assert len({engine._identity(plain, SPLITS) for engine in engines}) == 2
+
+
+def test_a_compiler_that_fails_is_an_error_and_not_a_slow_fit(monkeypatch):
+    from torch._dynamo.exc import InternalTorchDynamoError
+
+    def broken(_loss):
+        def run(_features):
+            raise InternalTorchDynamoError("no compiler found")
+
+        return run
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(ConfigError, match=r"cannot be compiled here \(no compiler found"):
+        fit(settings={"compile": True})

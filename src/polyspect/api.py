@@ -48,6 +48,7 @@ def fit(
     seed: int = 0,
     device: str = "auto",
     precision: str = "32-true",
+    compile: bool = False,
     cache: str | Path | None = None,
     cache_gb: float = 8.0,
     false_reject: float = 0.05,
@@ -73,6 +74,7 @@ def fit(
         seed: Order of batches and the held-out share.
         device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
         precision: ``32-true``, ``bf16-mixed`` or ``16-mixed``.
+        compile: Compile the training loss with ``torch.compile``: pays off for long fits on a GPU; rounding differs.
         cache: Folder for prepared parts and features; None keeps features in memory and prepares parts anew.
         cache_gb: Most that cached features may take.
         false_reject: Wished share of good parts that may be rejected.
@@ -109,6 +111,7 @@ def fit(
         seed=seed,
         device=device,
         precision=precision,
+        compile=compile,
         cache=str(cache_folder) if cache_folder else None,
         cache_bytes=int(cache_gb * 2**30),
     )

@@ -258,6 +258,7 @@ def _add_fit(command: Callable[..., argparse.ArgumentParser]) -> None:
     _add_source(sub)
     _add_run(sub)
     sub.add_argument("--precision", default="32-true", help="32-true, bf16-mixed or 16-mixed (default: %(default)s)")
+    sub.add_argument("--compile", action="store_true", help="compile the training loss (torch.compile): for long fits")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--max-train", type=int, help="use only this many training parts (few-shot)")
     sub.add_argument("--resume", action="store_true", help="go on from the checkpoint of a fit that was stopped")

@@ -185,6 +185,7 @@ def run_fit(a: argparse.Namespace) -> int:
         seed=a.seed,
         device=a.device,
         precision=a.precision,
+        compile=a.compile,
         cache=_cache(a),
         cache_gb=a.cache_gb,
         false_reject=a.false_reject,

@@ -10,9 +10,9 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..detectors.contract import Detector, Observe, Optimise, Split, seeded
 from ..errors import ConfigError, DataError
+from ..samples import Features
 from .features import FeatureStore, PartSource, make_room, store_key
 from .modelfile import FORMAT, flatten_state, read_tensors, unflatten_state, write_tensors
 from .progress import Progress
@@ -37,6 +38,7 @@ class EngineConfig:
     seed: int = 0  # order of batches, dropout; the detector's own seed is in its config
     device: str = "auto"  # auto, cpu, cuda, mps
     precision: str = "32-true"  # 32-true, bf16-mixed or 16-mixed (autocast; the last two change results)
+    compile: bool = False  # compile the loss with torch.compile: same maths, rounding differs, minutes of start-up
     block: int = 8  # parts per extraction
     cache: str | None = None  # folder of the feature cache; None keeps features in memory
     cache_bytes: int = 8 * 2**30  # most that cached features may take
@@ -140,6 +142,8 @@ class Engine:
             if schedule is not None:
                 schedule.load_state_dict(state["schedule"])
         stepper = self.fabric.setup_optimizers(optimizer)
+        if self.config.compile:
+            stage = replace(stage, loss=_compiled(stage.loss))
         with self.progress.task(stage.name, epochs) as advance:
             advance(first_epoch)
             for epoch in range(first_epoch, epochs):
@@ -219,7 +223,7 @@ class Engine:
 
     def _identity(self, detector: Detector, splits: dict[Split, PartSource]) -> str:
         """What a checkpoint must share with the fit that resumes from it."""
-        settings = {k: v for k, v in asdict(self.config).items() if k in ("seed", "precision", "block")}
+        settings = {k: v for k, v in asdict(self.config).items() if k in ("seed", "precision", "block", "compile")}
         text = json.dumps(
             [
                 type(detector).__qualname__,
@@ -328,6 +332,25 @@ def deterministic_kernels() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = flags
+
+
+def _compiled(loss: Callable[[Features], Mapping[str, Tensor]]) -> Callable[[Features], Mapping[str, Tensor]]:
+    """`loss` through torch.compile; what the compiler cannot do is an error with its reason, never a silent fallback."""
+    from torch._dynamo.exc import TorchDynamoException
+
+    fast = torch.compile(loss)
+
+    def run(features: Features) -> Mapping[str, Tensor]:
+        try:
+            return fast(dict(features))
+        except TorchDynamoException as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConfigError(
+                f"the loss cannot be compiled here ({reason}); torch.compile needs a C++ compiler on a CPU and Triton on "
+                f"a GPU: install it, or fit without compile"
+            ) from error
+
+    return run
 
 
 @contextmanager
