@@ -335,7 +335,7 @@ def deterministic_kernels() -> Iterator[None]:
 
 
 def _compiled(loss: Callable[[Features], Mapping[str, Tensor]]) -> Callable[[Features], Mapping[str, Tensor]]:
-    """`loss` through torch.compile; what the compiler cannot do is an error with its reason, never a silent fallback."""
+    """`loss` through torch.compile; what the compiler cannot do is an error with its reason, no silent fallback."""
     from torch._dynamo.exc import TorchDynamoException
 
     fast = torch.compile(loss)
@@ -346,8 +346,8 @@ def _compiled(loss: Callable[[Features], Mapping[str, Tensor]]) -> Callable[[Fea
         except TorchDynamoException as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ConfigError(
-                f"the loss cannot be compiled here ({reason}); torch.compile needs a C++ compiler on a CPU and Triton on "
-                f"a GPU: install it, or fit without compile"
+                f"the loss cannot be compiled here ({reason}); torch.compile needs a C++ compiler on a CPU and Triton "
+                f"on a GPU: install it, or fit without compile"
             ) from error
 
     return run
