@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,69 +15,15 @@ from polyspect.layers.blocks import ReverseDecoder, plan_blocks
 from polyspect.layers.bottleneck import OneClassEmbedding
 from polyspect.layers.distillation import cosine_losses
 from polyspect.layers.maps import MapMoments, cosine_map, gaussian_smooth
+from polyspect.weights import official
+from published import RESNET18, RESNET50, WIDE_RESNET50, crd_shapes, filled, filled_state, noise, rd4ad_shapes
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "reference" / "golden"
 OTHER = {"rgb": "depth", "depth": "rgb"}
 
-# where the tensors of a published student lie in ours: {other} is the assisting modality
-EMBEDDING_PREFIXES = {
-    "bn.conv1.": "embedding.paths.0.0.",
-    "bn.bn1.": "embedding.paths.0.1.",
-    "bn.conv2.": "embedding.paths.0.3.",
-    "bn.bn2.": "embedding.paths.0.4.",
-    "bn.conv3.": "embedding.paths.1.0.",
-    "bn.bn3.": "embedding.paths.1.1.",
-    "bn.conv4.": "embedding.paths.2.0.",
-    "bn.bn4.": "embedding.paths.2.1.",
-    "bn.bn_layer.": "embedding.stage.",
-    "decoder.layer1.": "decoder.stages.0.",
-    "decoder.layer2.": "decoder.stages.1.",
-    "decoder.layer3.": "decoder.stages.2.",
-}
-STUDENT_PREFIXES = EMBEDDING_PREFIXES | {
-    "decoder.w_a": "decoder.theta.0",
-    "decoder.w_b": "decoder.theta.1",
-    "decoder.w_c": "decoder.theta.2",
-    "projector_filter.conv_a.": "filters.{other}.scales.0.",
-    "projector_filter.conv_b.": "filters.{other}.scales.1.",
-    "projector_filter.conv_c.": "filters.{other}.scales.2.",
-    "projector_amply.conv_a.": "amplifiers.{other}.scales.0.",
-    "projector_amply.conv_b.": "amplifiers.{other}.scales.1.",
-    "projector_amply.conv_c.": "amplifiers.{other}.scales.2.",
-}
-
-
-def noise(name, shape):
-    """Standard normal numbers that depend on the name only."""
-    generator = np.random.default_rng(zlib.crc32(f"0:{name}".encode()))
-    return generator.standard_normal(tuple(shape)).astype(np.float32)
-
-
-def filled(name, shape):
-    """The golden weights: He-scaled kernels, norms near one, small biases."""
-    leaf = name.rsplit(".", 1)[-1]
-    if leaf == "num_batches_tracked":
-        return torch.zeros(tuple(shape), dtype=torch.int64)
-    z = noise(name, shape)
-    if leaf == "running_var":
-        z = 1 + 0.2 * np.abs(z)
-    elif leaf == "bias":
-        z = 0.05 * z
-    elif len(shape) >= 2:
-        z = z * np.float32(np.sqrt(2 / np.prod(shape[1:])))
-    elif leaf == "weight":
-        z = 1 + 0.1 * z
-    else:
-        z = 0.1 * z
-    return torch.from_numpy(np.ascontiguousarray(z))
-
-
-def fill_module(module, prefixes, root, other=""):
-    """Fill every tensor of `module` under its published name; a tensor without one is an error."""
-    back = {ours.format(other=other): theirs for theirs, ours in prefixes.items()}
-    for key, tensor in module.state_dict().items():
-        start = next(ours for ours in back if key.startswith(ours))
-        tensor.copy_(filled(root + back[start] + key[len(start) :], tensor.shape))
+# golden archive -> the network whose published checkpoint it was made with
+CRD_NETWORKS = {"resnet50": RESNET50, "wide_resnet50_2": WIDE_RESNET50}
+RD_NETWORKS = {"resnet18": RESNET18, "wide_resnet50_2": WIDE_RESNET50}
 
 
 def fill_teacher(teacher, root):
@@ -88,6 +33,12 @@ def fill_teacher(teacher, root):
     for key, tensor in teacher.state_dict().items():
         if key.startswith(start):
             tensor.copy_(filled(root + key.removeprefix(start), tensor.shape))
+
+
+def load_imported(detector, tensors, part):
+    """Load converted tensors; together they are all of the detector under `part`, and nothing else."""
+    assert set(tensors) == {name for name in detector.state_dict() if name.startswith(part)}
+    detector.load_state_dict(tensors, strict=False)
 
 
 class Golden:
@@ -158,14 +109,15 @@ def check_maps(golden, detector, features, prefix, size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backbone", ["resnet50", "wide_resnet50_2"])
+@pytest.mark.parametrize("backbone", CRD_NETWORKS)
 def test_crd_equals_the_official_code(backbone):
     golden = Golden(f"crd_{backbone}.npz")
     detector = CRD(CRDConfig(backbone=backbone, weights="random"), pretrained=False).eval()
     with torch.no_grad():
         fill_teacher(detector.teacher, "teacher.encoder.")
-        for name, student in detector.students.items():
-            fill_module(student, STUDENT_PREFIXES, f"student_{name}.", OTHER[name])
+        shapes = crd_shapes(CRD_NETWORKS[backbone])
+        file = {f"student_{name}": filled_state(shapes, f"student_{name}.") for name in OTHER}
+        load_imported(detector, official.crd(file).tensors, "students.")
         features = {}
         for name in OTHER:
             image = golden.image(name)
@@ -179,17 +131,20 @@ def test_crd_equals_the_official_code(backbone):
         check_maps(golden, detector, features, "map256", 256)
 
 
-def test_plain_reverse_distillation_equals_the_official_code():
-    golden = Golden("rd4ad_resnet18.npz")
-    teacher = ImageBackbone("resnet18", weights="random", pretrained=False)
+@pytest.mark.parametrize("backbone", ["resnet18", pytest.param("wide_resnet50_2", marks=pytest.mark.slow)])
+def test_plain_reverse_distillation_equals_the_official_code(backbone):
+    golden = Golden(f"rd4ad_{backbone}.npz")
+    teacher = ImageBackbone(backbone, weights="random", pretrained=False)
     channels = tuple(teacher.channels)
-    plan = plan_blocks("resnet18", channels)
+    plan = plan_blocks(backbone, channels)
     student = torch.nn.Module()
     student.embedding, student.decoder = OneClassEmbedding(channels, plan), ReverseDecoder(channels, plan)
-    student.eval()
+    detector = torch.nn.ModuleDict({"student": student}).eval()
     with torch.no_grad():
         fill_teacher(teacher, "encoder.")
-        fill_module(student, EMBEDDING_PREFIXES, "")
+        parts = rd4ad_shapes(RD_NETWORKS[backbone])
+        file = {part: filled_state(shapes, f"{part}.") for part, shapes in parts.items()}
+        load_imported(detector, official.rd4ad(file).tensors, "student.")
         image = golden.image("rgb")
         target = teacher.features(image)
         embedding = student.embedding(target)

@@ -350,7 +350,8 @@ def _info(fitted: Detector, reader: Reader, category: str, parts: Parts, held: P
             name: source
             for name in fitted.frozen
             if (source := getattr(fitted.get_submodule(name), "weights_source", None)) is not None
-        },
+        }
+        | fitted.sources,
         "data": {
             "reader": reader.name,
             "category": category,

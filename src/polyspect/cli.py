@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +86,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"polyspect {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
 
-    def command(
-        name: str, run: Callable[[argparse.Namespace], int], text: str, examples: str
-    ) -> argparse.ArgumentParser:
-        sub = _parser(commands.add_parser, name, text, "examples:\n" + examples)
-        sub.set_defaults(run=run, subparser=sub)
-        sub.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-        return sub
-
+    command = partial(_command, commands)
     _add_demo(command)
     _add_data(commands)
     sub = command(
@@ -114,16 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("folder", help="what `polyspect evaluate --out` wrote")
     sub.add_argument("--out", help="page to write (default: FOLDER/report.html)")
     sub.add_argument("--parts", type=int, default=24, help="parts shown with pictures (default: %(default)s)")
-    sub = command(
-        "weights",
-        do.run_weights,
-        "Where pretrained weights come from.",
-        "  polyspect weights list\n  polyspect weights check efficientnet_lite0\n"
-        "  polyspect weights fetch wide_resnet50_2.tv_in1k\n",
-    )
-    sub.add_argument("action", choices=["list", "check", "fetch"])
-    sub.add_argument("name", nargs="?", help="a backbone's timm name")
-    sub.add_argument("--folder", help="weight folder (default: $POLYSPECT_WEIGHTS or ~/.cache/polyspect/weights)")
+    _add_weights(commands)
     sub = command(
         "info",
         do.run_info,
@@ -147,6 +132,21 @@ def _parser(make: Callable[..., Any], name: str, text: str, epilog: str) -> Any:
         **named,
         **extra,
     )
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], text: str, examples: str
+) -> argparse.ArgumentParser:
+    sub: argparse.ArgumentParser = _parser(commands.add_parser, name, text, "examples:\n" + examples)
+    sub.set_defaults(run=run, subparser=sub)
+    sub.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+    return sub
+
+
+def _group(commands: Any, name: str, text: str, examples: str) -> Callable[..., argparse.ArgumentParser]:
+    """A command with commands of its own; returns what adds one."""
+    group = _parser(commands.add_parser, name, text, "examples:\n" + examples)
+    return partial(_command, group.add_subparsers(title="commands", metavar="COMMAND", required=True))
 
 
 def _add_source(sub: argparse.ArgumentParser, *, root: bool = False, category: bool = False) -> None:
@@ -200,23 +200,13 @@ def _add_synthetic(sub: argparse.ArgumentParser, **counts: int) -> None:
 
 
 def _add_data(commands: Any) -> None:
-    data = _parser(
-        commands.add_parser,
+    command = _group(
+        commands,
         "data",
         "Make, list and check data sets.",
-        "examples:\n  polyspect data make-synthetic parts\n  polyspect data list --root parts\n"
+        "  polyspect data make-synthetic parts\n  polyspect data list --root parts\n"
         "  polyspect data check --root parts --category bracket\n",
     )
-    kinds = data.add_subparsers(title="commands", metavar="COMMAND", required=True)
-
-    def command(
-        name: str, run: Callable[[argparse.Namespace], int], text: str, examples: str
-    ) -> argparse.ArgumentParser:
-        sub = _parser(kinds.add_parser, name, text, "examples:\n" + examples)
-        sub.set_defaults(run=run, subparser=sub)
-        sub.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-        return sub
-
     sub = command(
         "make-synthetic",
         do.run_make_synthetic,
@@ -239,6 +229,55 @@ def _add_data(commands: Any) -> None:
     _add_source(sub, root=True)
     sub.add_argument("--preparation", default="default", help="named preparation (default: %(default)s)")
     sub.add_argument("--prepare", action="append", metavar="NAME=VALUE", help="one setting of the preparation")
+
+
+def _add_weights(commands: Any) -> None:
+    command = _group(
+        commands,
+        "weights",
+        "Where pretrained weights come from, and checkpoints that others published.",
+        "  polyspect weights list\n  polyspect weights check efficientnet_lite0\n"
+        "  polyspect weights fetch wide_resnet50_2.tv_in1k\n"
+        "  polyspect weights import --from crd published.pth --out students.safetensors\n",
+    )
+    kinds = [
+        command(
+            "list", do.run_weights_list, "What is known, and what is here.", "  polyspect weights list --folder here\n"
+        ),
+        command(
+            "check",
+            do.run_weights_check,
+            "Find weights on this machine and verify their hash.",
+            "  polyspect weights check efficientnet_lite0\n",
+        ),
+        command(
+            "fetch",
+            do.run_weights_fetch,
+            "Download weights, verify and keep them.",
+            "  polyspect weights fetch wide_resnet50_2.tv_in1k\n",
+        ),
+    ]
+    for sub in kinds:
+        sub.add_argument("--folder", help="weight folder (default: $POLYSPECT_WEIGHTS or ~/.cache/polyspect/weights)")
+    for sub in kinds[1:]:
+        sub.add_argument("name", help="a backbone's timm name")
+    sub = command(
+        "import",
+        do.run_weights_import,
+        "Bring a published checkpoint of a distillation method to our names, as safetensors; runs no pickled code.",
+        "  polyspect weights import --from crd published.pth --out students.safetensors\n"
+        "  polyspect weights import --from anomalib-rd model.ckpt --out student.safetensors --json\n"
+        "  polyspect fit --detector crd --preset paper --set checkpoint=students.safetensors --root parts "
+        "--category bagel --out bagel.safetensors\n",
+    )
+    sub.add_argument("file", help="the published file: .pth, .pt, .ckpt, .tar or .safetensors")
+    sub.add_argument(
+        "--from",
+        dest="source_format",
+        metavar="FORMAT",
+        help="crd, rd4ad, anomalib-rd or stfpm (default: told by its names)",
+    )
+    sub.add_argument("--out", required=True, help="file to write, .safetensors")
 
 
 def _add_fit(command: Callable[..., argparse.ArgumentParser]) -> None:

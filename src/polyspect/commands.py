@@ -273,25 +273,75 @@ def run_report(a: argparse.Namespace) -> int:
     return 0
 
 
-def run_weights(a: argparse.Namespace) -> int:
-    """List, check or fetch pretrained weights."""
+def run_weights_list(a: argparse.Namespace) -> int:
+    """List the pretrained weights that are known, and what is here."""
     from dataclasses import asdict
 
-    from .weights.catalogue import check, fetch, list_weights
+    from .weights.catalogue import list_weights
 
-    if a.action == "list":
-        rows = list_weights(folder=a.folder)
-        text = "\n".join(f"{row.name:<28} {'here' if row.available else 'absent':<7} {row.where}" for row in rows)
-        _emit(a, [asdict(row) for row in rows], text)
-        return 0
-    if a.name is None:
-        raise ConfigError(
-            f"`polyspect weights {a.action}` needs the name of a backbone; `polyspect weights list` shows them"
-        )
-    found = fetch(a.name, folder=a.folder) if a.action == "fetch" else check(a.name, folder=a.folder)
+    rows = list_weights(folder=a.folder)
+    text = "\n".join(f"{row.name:<28} {'here' if row.available else 'absent':<7} {row.where}" for row in rows)
+    _emit(a, [asdict(row) for row in rows], text)
+    return 0
+
+
+def run_weights_check(a: argparse.Namespace) -> int:
+    """Find pretrained weights on this machine and verify them."""
+    from .weights.catalogue import check
+
+    return _emit_weights(a, check(a.name, folder=a.folder))
+
+
+def run_weights_fetch(a: argparse.Namespace) -> int:
+    """Bring pretrained weights to the weight folder."""
+    from .weights.catalogue import fetch
+
+    return _emit_weights(a, fetch(a.name, folder=a.folder))
+
+
+def _emit_weights(a: argparse.Namespace, found: Any) -> int:
     row = {"name": found.name, "path": str(found.path), "sha256": found.sha256, "source": found.source}
     _emit(a, row, f"{found.name}: {found.path} (from {found.source}), sha256 {found.sha256}")
     return 0
+
+
+def run_weights_import(a: argparse.Namespace) -> int:
+    """Bring a published checkpoint to our names and write it without pickle."""
+    from .errors import WeightsError
+    from .fitting.modelfile import FORMAT, write_tensors
+    from .weights.official import checkpoint_source, read_checkpoint
+
+    out = Path(a.out).expanduser()
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"--out must name a .safetensors file, got '{a.out}'")
+    if out.resolve() == Path(a.file).expanduser().resolve():
+        raise ConfigError(f"--out must name another file than the published one, got '{a.out}'")
+    imported, digest = read_checkpoint(a.file, a.source_format), checkpoint_source(a.file)["sha256"]
+    if imported.made_from is not None:
+        raise ConfigError(f"'{a.file}' is imported already: set it as the `checkpoint` of {imported.detector}")
+    try:
+        write_tensors(out, imported.tensors, {"format": FORMAT, "imported": imported.about(digest)})
+    except OSError as error:
+        raise WeightsError(f"cannot write {out}: {error.strerror or error}; choose another --out") from None
+    reasons: dict[str, list[str]] = {}
+    for name, why in imported.dropped.items():
+        reasons.setdefault(why, []).append(name)
+    shown = {"out": str(out), **imported.about(digest), "dropped": reasons}
+    shown |= {"tensors": len(imported.tensors), "parameters": imported.parameters}
+    lines = [
+        f"{out}: {shown['tensors']} tensors, {shown['parameters']:,} parameters for detector {imported.detector}"
+        + (f", modalities {','.join(imported.modalities)}" if imported.modalities else ""),
+        f"imported from {a.file} (format {imported.format}), sha256 {digest}",
+        *(f"dropped {len(names)} ({_few(names)}): {why}" for why, names in reasons.items()),
+        *([] if reasons else ["dropped nothing"]),
+        f"use it with --set checkpoint={out}, behind the teacher and the preparation that it was trained with",
+    ]
+    _emit(a, shown, "\n".join(lines))
+    return 0
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def run_info(a: argparse.Namespace) -> int:

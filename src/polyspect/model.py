@@ -182,6 +182,11 @@ class Model:
         from .fitting.engine import pick_accelerator
 
         header, tensors = read_tensors(Path(path))
+        if "imported" in header:
+            raise ModelFileError(
+                f"'{path}' holds an imported checkpoint, no fitted model: fit one with it, "
+                f"`polyspect fit --detector {header['imported']['detector']} --set checkpoint={path} ...`"
+            )
         if "detector" not in header:
             raise ModelFileError(f"'{path}' is a checkpoint of an unfinished fit: run that fit again with --resume")
         kind = detector_class(header["detector"])

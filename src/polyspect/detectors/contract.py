@@ -99,6 +99,7 @@ class Detector(nn.Module):
         super().__init__()
         self.config = config
         self.register_buffer("fitted", torch.zeros((), dtype=torch.bool))
+        self.sources: dict[str, dict[str, str]] = {}  # parts whose tensors came from a file: name, source, sha256
 
     # -- the three methods of the contract ---------------------------------------------------------------------------
 

@@ -41,6 +41,7 @@ from ..layers.distillation import cosine_losses
 from ..layers.maps import MapMoments, cosine_map, gaussian_smooth
 from ..layers.projection import AmplifierProjection, FilterProjection
 from ..samples import MODALITIES, Batch, Features, Prediction
+from ..weights.official import checkpoint_source, load_checkpoint
 from .contract import Detector, Observe, Optimise, Stage, require, require_views, seeded
 
 _require = partial(require, "CRD")
@@ -54,6 +55,7 @@ class CRDConfig:
     modalities: tuple[str, ...] = ("rgb", "depth")  # one branch each; any image-like ones; one alone is plain RD
     backbone: str = "efficientnet_lite0"  # timm name of the teacher; Sec. 5.1: WideResNet-50, see preset `paper`
     weights: str = "auto"  # where the teacher's weights come from: see `ImageBackbone`
+    checkpoint: str | None = None  # trained students to use as they are (a published or imported file); trains none
     epochs: int = 200  # passes over the training parts, Sec. 5.1
     batch_size: int = 16  # parts per step, Sec. 5.1
     learning_rate: float = 0.005  # of Adam, Sec. 5.1
@@ -176,6 +178,9 @@ class CRD(Detector):
                     for a in names
                 }
             )
+        if config.checkpoint is not None and pretrained:
+            self.students.load_state_dict(load_checkpoint(config.checkpoint, "crd", self.students))
+            self.sources["students"] = checkpoint_source(config.checkpoint)
         self.register_buffer("map_mean", torch.zeros(len(names)))
         self.register_buffer("map_std", torch.ones(len(names)))
 
@@ -192,25 +197,27 @@ class CRD(Detector):
         return features
 
     def stages(self) -> Sequence[Stage]:
-        """Train all students together, then measure the level of each branch's map on good validation parts."""
+        """Train all students together, then measure the level of each branch's map on good validation parts.
+
+        With a `checkpoint` nothing is trained.
+        """
         moments = MapMoments()
-        return [
-            Optimise(
-                name="students",
-                parameters=self.students.parameters,
-                loss=self.loss,
-                optimizer=self._optimizer,
-                schedule=partial(torch.optim.lr_scheduler.ExponentialLR, gamma=self.config.lr_decay),
-                epochs=self.config.epochs,
-                batch_size=self.config.batch_size,
-            ),
-            Observe(
-                name="map_levels",
-                update=partial(self._see_maps, moments),
-                finish=partial(self._set_levels, moments),
-                split="validation",
-            ),
-        ]
+        training = Optimise(
+            name="students",
+            parameters=self.students.parameters,
+            loss=self.loss,
+            optimizer=self._optimizer,
+            schedule=partial(torch.optim.lr_scheduler.ExponentialLR, gamma=self.config.lr_decay),
+            epochs=self.config.epochs,
+            batch_size=self.config.batch_size,
+        )
+        levels = Observe(
+            name="map_levels",
+            update=partial(self._see_maps, moments),
+            finish=partial(self._set_levels, moments),
+            split="validation",
+        )
+        return [training, levels] if self.config.checkpoint is None else [levels]
 
     def loss(self, features: Features) -> dict[str, Tensor]:
         """The terms of Eqs. 4-9, one scalar each, named ``<modality>.<part>``."""

@@ -13,12 +13,13 @@ if TYPE_CHECKING:
 
 State = dict[str, "Tensor"]
 
+SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".tar")  # .ckpt is Lightning's; .tar as in best.pth.tar, no archive
 _WRAPPERS = ("state_dict", "model")
 _COUNTER = "num_batches_tracked"  # of batch norm; plays no part once the statistics are frozen
 
 
 def load_state(path: str | Path) -> State:
-    """The named tensors of a ``.pth``, ``.pt`` or ``.safetensors`` file, on the CPU.
+    """The named tensors of a weights file (`SUFFIXES`), on the CPU.
 
     ``{"state_dict": ...}`` and ``{"model": ...}`` are unwrapped and a leading ``"module."`` on all names is dropped.
     Pickled objects other than tensors are refused, never executed.
@@ -26,18 +27,25 @@ def load_state(path: str | Path) -> State:
     Raises:
         WeightsError: another suffix, an unreadable file, or something that is no mapping of names to tensors.
     """
+    return named_tensors(read_file(path), f"weights file {path}")
+
+
+def read_file(path: str | Path) -> Any:
+    """What a weights file (`SUFFIXES`) holds, tensors on the CPU; usually tensors by name.
+
+    Raises:
+        WeightsError: another suffix, an unreadable file, or pickled objects that are not plain data and tensors.
+    """
     import torch
     from safetensors.torch import load_file
 
     path = Path(path)
-    if path.suffix not in (".pth", ".pt", ".safetensors"):
-        raise WeightsError(f"weights file {path}: expected a .pth, .pt or .safetensors file, got '{path.suffix}'")
-    content: Any
+    if path.suffix not in SUFFIXES:
+        raise WeightsError(f"weights file {path}: expected one of {', '.join(SUFFIXES)}, got '{path.suffix}'")
     try:
         if path.suffix == ".safetensors":
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise WeightsError(f"weights file {path} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # on damaged bytes the readers raise whatever they stumble over
@@ -45,20 +53,24 @@ def load_state(path: str | Path) -> State:
             f"weights file {path} is damaged, or holds pickled objects besides tensors, which are never run "
             f"({_first_line(error)}); fetch it again, or save its state_dict as .safetensors where it is trusted"
         ) from None
-    return _tensors(content, path)
 
 
-def _tensors(content: Any, path: Path) -> State:
+def named_tensors(content: Any, origin: str) -> State:
+    """The tensors by name in `content`, unwrapped as `load_state` says; `origin` names it in errors.
+
+    Raises:
+        WeightsError: no mapping, an empty one, or a value that is no tensor (names it).
+    """
     from torch import Tensor
 
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     if not isinstance(content, Mapping) or not content:
-        raise WeightsError(f"weights file {path} holds {type(content).__name__}, expected tensors by name")
+        raise WeightsError(f"{origin} holds {type(content).__name__}, expected tensors by name")
     for name, value in content.items():
         if not isinstance(value, Tensor):
-            raise WeightsError(f"weights file {path}: '{name}' is {type(value).__name__}, expected a tensor")
+            raise WeightsError(f"{origin}: '{name}' is {type(value).__name__}, expected a tensor")
     prefix = "module." if all(str(name).startswith("module.") for name in content) else ""
     return {str(name).removeprefix(prefix): value for name, value in content.items()}
 
