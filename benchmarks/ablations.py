@@ -17,6 +17,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 import polyspect as ps
 from polyspect.errors import PolyspectError
 from polyspect.fitting.progress import TerminalProgress
@@ -103,7 +105,8 @@ TABLES: dict[str, tuple[str, list[Row]]] = {
 
 def run_row(a: argparse.Namespace, detector: str, row: Row, category: str) -> tuple[float, float]:
     """I-AUROC and AUPRO@0.3 of one row on one category, from --out if they are there."""
-    settings = {"modalities": PAIR, **row.settings, **dict(pair.split("=") for pair in a.set)}
+    common = {name: yaml.safe_load(value) for name, _, value in (pair.partition("=") for pair in a.set)}
+    settings = {"modalities": PAIR, **row.settings, **common}
     name = "-".join([detector, category, *(f"{key}={value}" for key, value in sorted(settings.items()))])
     folder = Path(a.out) / "".join(c if c.isalnum() or c in "-=_" else "" for c in name)
     scored = folder / ("".join(f"{key}-{value}" for key, value in row.scoring.items()) or "as-fitted")

@@ -144,6 +144,7 @@ def test_defaults_and_presets_are_the_papers():
         ("amplifier_expansion", 0),
         ("loss", "l2"),
         ("aggregation", "max"),
+        ("report", "normals"),
         ("smoothing", -1.0),
     ],
 )
@@ -319,6 +320,16 @@ def test_raw_maps_can_be_summed_or_multiplied(fitted, rule):
     assert_close(prediction.map.double(), expected, atol=1e-5, rtol=1e-5)
     for name, branch in fitted.score(features).branch_maps.items():
         assert torch.equal(prediction.branch_maps[name], branch)
+
+
+@pytest.mark.parametrize("branch", ["rgb", "depth"])
+def test_one_branch_can_be_the_answer(fitted, branch):
+    other = crd(report=branch).eval()
+    other.load_tensors(fitted.state_dict())
+    features = features_of(fitted, seed=3)
+    prediction = other.score(features)
+    assert torch.equal(prediction.map, fitted.score(features).branch_maps[branch])
+    assert torch.equal(prediction.score, prediction.map.flatten(1).amax(1))
 
 
 def test_constant_maps_standardise_to_the_papers_numbers(monkeypatch):

@@ -18,6 +18,8 @@ from polyspect.cli import main
 from polyspect.data.preparation import Preparation
 from polyspect.data.synthetic import write_dataset
 from polyspect.detectors.crd import CRD, CRDConfig, Student
+from polyspect.detectors.forward_distillation import ForwardDistillation, ForwardDistillationConfig
+from polyspect.detectors.reverse_distillation import ReverseDistillation, ReverseDistillationConfig
 from polyspect.errors import WeightsError
 from polyspect.fitting.engine import Engine, EngineConfig
 from polyspect.fitting.modelfile import write_tensors
@@ -508,3 +510,39 @@ def test_the_command_line_fits_behind_an_imported_checkpoint(lite0_file, tmp_pat
     weights = json.loads(capsys.readouterr().out)["weights"]
     assert set(weights) == {"teacher", "students"}
     assert weights["students"]["sha256"] == hashlib.sha256(students_file.read_bytes()).hexdigest()
+
+
+# -- single students behind a checkpoint -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "content", "convert"),
+    [
+        (
+            lambda path: ReverseDistillation(ReverseDistillationConfig(weights="random", checkpoint=path)),
+            lambda: rd4ad_file(LITE0),
+            official.rd4ad,
+        ),
+        (
+            lambda path: ForwardDistillation(
+                ForwardDistillationConfig(weights="random", backbone="resnet18", checkpoint=path)
+            ),
+            lambda: {"category": "bottle", "state_dict": filled_state(stfpm_shapes())},
+            official.stfpm,
+        ),
+    ],
+    ids=["reverse_distillation", "forward_distillation"],
+)
+def test_a_single_student_is_used_as_it_is(tmp_path, make, content, convert):
+    path = tmp_path / "student.pth"
+    torch.save(content(), path)
+    detector = make(str(path))
+    assert detector.stages() == []
+    parts = TinyParts(range(2))
+    Engine(EngineConfig(device="cpu", block=2)).fit(detector, {"train": parts, "validation": parts})
+    expected = convert(content()).tensors
+    fitted = {name: x for name, x in detector.state_dict().items() if name.startswith("student.")}
+    assert fitted.keys() == expected.keys()
+    assert all(torch.equal(fitted[name], expected[name]) for name in expected)
+    assert detector.sources["student"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert torch.isfinite(detector(tiny_batch([7])).map).all()

@@ -23,8 +23,7 @@ all students takes the same steps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -33,19 +32,19 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.image import ImageBackbone
-from ..backbones.modalities import modality_features
-from ..errors import DataError, ShapeError
+from ..backbones.modalities import modality_features, name_stages, stages_of
+from ..errors import DataError
 from ..layers.blocks import BlockPlan, ReverseDecoder, init_convolutions, plan_blocks
 from ..layers.bottleneck import OneClassEmbedding
 from ..layers.distillation import cosine_losses
 from ..layers.maps import MapMoments, cosine_map, gaussian_smooth
 from ..layers.projection import AmplifierProjection, FilterProjection
-from ..samples import MODALITIES, Batch, Features, Prediction
+from ..samples import Batch, Features, Prediction, is_geometric
 from ..weights.official import checkpoint_source, load_checkpoint
-from .contract import Detector, Observe, Optimise, Stage, require, require_views, seeded
+from .contract import Detector, Observe, Optimise, Stage, evaluating, require, require_grid, require_views, seeded
+from .recipe import adam, check_recipe, decay
 
 _require = partial(require, "CRD")
-SCALES = (1, 2, 3)  # strides 4, 8, 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,24 +67,22 @@ class CRDConfig:
     detach_assistants: bool = False  # True: P and Q learn from their own losses only, as Sec. 4.3 suggests
     loss: Literal["flat", "pixel"] = "flat"  # cosine over whole maps (the code) or per position (Eq. 1)
     aggregation: Literal["normalised_sum", "sum", "product"] = "normalised_sum"  # of the branch maps, Eq. 11, Tab. 7
+    report: str = "fused"  # whose map and score are the answer: all branches', or one modality's, Tab. 3
     smoothing: float = 4.0  # sigma of the Gaussian on the maps, input pixels, Sec. 5.1; 0: none
     mask_invalid: bool = False  # True: geometric branches ignore positions without 3D data, in loss and map
     seed: int = 42  # of the students' first weights
 
     def __post_init__(self) -> None:
         require_views("CRD", self.modalities)
-        for name in ("epochs", "batch_size"):
-            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        _require(self.learning_rate > 0, "learning_rate", "above 0", self.learning_rate)
-        _require(0 < self.lr_decay <= 1, "lr_decay", "above 0 and at most 1", self.lr_decay)
-        betas_fit = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
-        _require(betas_fit, "betas", "two numbers in [0, 1)", self.betas)
+        check_recipe("CRD", self)
         _require(self.filter_stride in (16, 32, 64, None), "filter_stride", "16, 32, 64 or null", self.filter_stride)
         expansion = self.amplifier_expansion
         _require(expansion is None or expansion >= 1, "amplifier_expansion", "at least 1, or null", expansion)
         _require(self.loss in ("flat", "pixel"), "loss", "'flat' or 'pixel'", self.loss)
         rules = ("normalised_sum", "sum", "product")
         _require(self.aggregation in rules, "aggregation", f"one of {', '.join(rules)}", self.aggregation)
+        branches = ("fused", *self.modalities)
+        _require(self.report in branches, "report", f"one of {', '.join(branches)}", self.report)
         _require(self.smoothing >= 0, "smoothing", "0 or more pixels", self.smoothing)
 
 
@@ -190,11 +187,10 @@ class CRD(Detector):
         Raises:
             ShapeError: height or width is not a multiple of the coarsest grid cell, or smaller than two of them.
         """
-        self._check_size(batch)
-        features = {"valid": batch.valid, "foreground": batch.foreground}
-        for name, maps in modality_features(self.teacher, batch, self.modalities).items():
-            features |= {f"{name}.{scale}": own for scale, own in zip(SCALES, maps, strict=True)}
-        return features
+        cell = max(32, (self.config.filter_stride or 32) if self.config.crossmodal_filter else 32)
+        require_grid("CRD", batch, cell)
+        known = {"valid": batch.valid, "foreground": batch.foreground}
+        return known | name_stages(modality_features(self.teacher, batch, self.modalities))
 
     def stages(self) -> Sequence[Stage]:
         """Train all students together, then measure the level of each branch's map on good validation parts.
@@ -206,8 +202,8 @@ class CRD(Detector):
             name="students",
             parameters=self.students.parameters,
             loss=self.loss,
-            optimizer=self._optimizer,
-            schedule=partial(torch.optim.lr_scheduler.ExponentialLR, gamma=self.config.lr_decay),
+            optimizer=partial(adam, self.config),
+            schedule=decay(self.config),
             epochs=self.config.epochs,
             batch_size=self.config.batch_size,
         )
@@ -233,8 +229,11 @@ class CRD(Detector):
         return terms
 
     def score(self, features: Features) -> Prediction:
-        """Standardise, combine and smooth the branch maps (Eq. 11); the score is the largest value of the map."""
-        with _evaluating(self.students):
+        """Standardise, combine and smooth the branch maps (Eq. 11); the score is the largest value of the map.
+
+        With `report` naming a modality its branch map is the map.
+        """
+        with evaluating(self.students):
             raw = self._raw_maps(features)  # B m H W
         mean, std = self.map_mean[:, None, None].to(raw), self.map_std[:, None, None].to(raw)
         for index, name in enumerate(self.modalities):
@@ -242,7 +241,9 @@ class CRD(Detector):
             if keep is not None:  # what was not measured is neither good nor bad
                 raw[:, index] = torch.where(keep, raw[:, index], mean[index])
         branches = gaussian_smooth((raw - mean) / std, self.config.smoothing)
-        if self.config.aggregation == "normalised_sum":
+        if self.config.report != "fused":
+            fused = branches[:, self.modalities.index(self.config.report)]
+        elif self.config.aggregation == "normalised_sum":
             fused = branches.sum(1)  # smoothing is linear: the sum of smoothed maps is the smoothed sum
         else:
             combined = raw.sum(1) if self.config.aggregation == "sum" else raw.prod(1)
@@ -252,15 +253,8 @@ class CRD(Detector):
 
     def restore(self, features: Features) -> dict[str, tuple[list[Tensor], Restored]]:
         """For each modality the teacher's feature maps and what its student makes of them."""
-        # channels_last trains faster on CPUs: docs/methods/crd.md has the figures
-        teacher = {
-            name: [features[f"{name}.{scale}"].contiguous(memory_format=torch.channels_last) for scale in SCALES]
-            for name in self.modalities
-        }
+        teacher = {name: stages_of(features, name) for name in self.modalities}
         return {name: (teacher[name], student(teacher[name], teacher)) for name, student in self.students.items()}
-
-    def _optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.Adam(parameters, lr=self.config.learning_rate, betas=self.config.betas, fused=True)
 
     def _raw_maps(self, features: Features) -> Tensor:
         """A^a of every branch (Eq. 10): (B, m, H, W), float64 where the device has it."""
@@ -275,11 +269,10 @@ class CRD(Detector):
 
     def _kept(self, features: Features, name: str) -> Tensor | None:
         """The pixels (B, H, W) at which a branch counts; None for all."""
-        geometric = name in MODALITIES and MODALITIES[name].geometric
-        return features["valid"] if self.config.mask_invalid and geometric else None
+        return features["valid"] if self.config.mask_invalid and is_geometric(name) else None
 
     def _see_maps(self, moments: MapMoments, features: Features) -> None:
-        with _evaluating(self.students):
+        with evaluating(self.students):
             raw = self._raw_maps(features)
         everywhere = torch.ones_like(features["valid"])
         kept = [self._kept(features, name) for name in self.modalities]
@@ -295,25 +288,3 @@ class CRD(Detector):
                 )
         self.map_mean.copy_(mean)
         self.map_std.copy_(std)
-
-    def _check_size(self, batch: Batch) -> None:
-        height, width = batch.valid.shape[-2:]
-        cell = max(32, (self.config.filter_stride or 32) if self.config.crossmodal_filter else 32)
-        if height % cell or width % cell or min(height, width) < 2 * cell:
-            raise ShapeError(
-                f"part '{batch.ids[0]}' is {width}x{height} pixels; CRD needs multiples of {cell}, at least "
-                f"{2 * cell}: prepare the parts at such a size, e.g. 256x256"
-            )
-
-
-@contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block, so that scoring never updates batch-norm statistics."""
-    training = module.training
-    if training:
-        module.eval()
-    try:
-        yield
-    finally:
-        if training:
-            module.train()

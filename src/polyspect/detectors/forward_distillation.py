@@ -30,6 +30,7 @@ from ..backbones.modalities import modality_image, name_stages, stages_of
 from ..layers.distillation import LossKind, cosine_losses
 from ..layers.maps import cosine_map, fill_unkept, gaussian_smooth
 from ..samples import Batch, Features, Prediction, is_geometric
+from ..weights.official import checkpoint_source, load_checkpoint
 from .contract import Detector, Optimise, Stage, evaluating, require, require_grid, require_views
 from .recipe import adam, check_recipe, decay
 
@@ -43,6 +44,7 @@ class ForwardDistillationConfig:
     modalities: tuple[str, ...] = ("rgb",)  # exactly one, any image-like one
     backbone: str = "efficientnet_lite0"  # timm name of teacher and student; MMRD: WideResNet-50; STFPM: ResNet-18
     weights: str = "auto"  # where the teacher's weights come from: see `ImageBackbone`
+    checkpoint: str | None = None  # a trained student to use as it is (a published or imported file); trains none
     epochs: int = 400  # passes over the training parts, MMRD Sec. 5; STFPM 100
     batch_size: int = 16  # parts per step, MMRD Sec. 5; STFPM 32
     optimizer: Literal["adam", "sgd"] = "adam"  # MMRD Sec. 5; STFPM Sec. 4: SGD
@@ -101,6 +103,9 @@ class ForwardDistillation(Detector):
         )
         # another seed than the teacher's, so that beside a random teacher the student is not its copy
         self.student = trainable_network(config.backbone, reductions=(4, 8, 16), seed=config.seed + 1)
+        if config.checkpoint is not None and pretrained:
+            self.student.load_state_dict(load_checkpoint(config.checkpoint, "forward_distillation", self.student))
+            self.sources["student"] = checkpoint_source(config.checkpoint)
 
     @property
     def view(self) -> str:
@@ -118,8 +123,10 @@ class ForwardDistillation(Detector):
         return {"valid": batch.valid, "image": image} | name_stages({self.view: self.teacher.features(image)})
 
     def stages(self) -> Sequence[Stage]:
-        """Train the student."""
+        """Train the student; nothing with a `checkpoint`."""
         config = self.config
+        if config.checkpoint is not None:
+            return []
         return [
             Optimise(
                 name="student",

@@ -31,6 +31,7 @@ from ..layers.bottleneck import OneClassEmbedding
 from ..layers.distillation import LossKind, cosine_losses
 from ..layers.maps import cosine_map, fill_unkept, gaussian_smooth
 from ..samples import Batch, Features, Prediction, is_geometric
+from ..weights.official import checkpoint_source, load_checkpoint
 from .contract import Detector, Optimise, Stage, evaluating, require, require_grid, require_views, seeded
 from .recipe import adam, check_recipe, decay
 
@@ -44,6 +45,7 @@ class ReverseDistillationConfig:
     modalities: tuple[str, ...] = ("rgb",)  # exactly one, any image-like one
     backbone: str = "efficientnet_lite0"  # timm name of the teacher; Sec. 4: WideResNet-50, see preset `paper`
     weights: str = "auto"  # where the teacher's weights come from: see `ImageBackbone`
+    checkpoint: str | None = None  # a trained student to use as it is (a published or imported file); trains none
     epochs: int = 200  # passes over the training parts, Sec. 4
     batch_size: int = 16  # parts per step, Sec. 4
     learning_rate: float = 0.005  # of Adam, Sec. 4
@@ -108,6 +110,9 @@ class ReverseDistillation(Detector):
         plan = plan_blocks(config.backbone, self.teacher.channels)
         with seeded(config.seed):
             self.student = Student(self.teacher.channels, plan, config, self.teacher.nonneg)
+        if config.checkpoint is not None and pretrained:
+            self.student.load_state_dict(load_checkpoint(config.checkpoint, "reverse_distillation", self.student))
+            self.sources["student"] = checkpoint_source(config.checkpoint)
 
     @property
     def view(self) -> str:
@@ -124,8 +129,10 @@ class ReverseDistillation(Detector):
         return {"valid": batch.valid} | name_stages(modality_features(self.teacher, batch, self.modalities))
 
     def stages(self) -> Sequence[Stage]:
-        """Train the student."""
+        """Train the student; nothing with a `checkpoint`."""
         config = self.config
+        if config.checkpoint is not None:
+            return []
         return [
             Optimise(
                 name="student",
