@@ -68,6 +68,25 @@ def test_normals_turn_with_the_cloud():
     assert_close(estimate_normals((points @ R.T)[None])[0], normals @ R.T, rtol=0, atol=1e-9)
 
 
+def test_signs_of_the_solver_on_a_sheet_and_on_a_line():
+    """Worked out by hand: the longest cross product of two rows on a sheet; u, v and w on a line."""
+    t = torch.linspace(-1, 1, 9, dtype=torch.float64)
+    a, b = (part.flatten() for part in torch.meshgrid(t, t, indexing="ij"))
+    flat = 0 * a
+    for sheet, expected in (
+        (torch.stack([a, b, flat], 1), [0, 0, 1]),
+        (torch.stack([a, flat, b], 1), [0, -1, 0]),
+        (torch.stack([flat, a, b], 1), [1, 0, 0]),
+        # a line along w = (0, 0.6, 0.8), so U = (0, 0.8, -0.6) and V = w x U = -x. Widest across it in x: a = -lambda,
+        # c = 0, the middle vector is -V = x and the normal x x w. Widest along U: a = 0, c = -lambda, U x w.
+        (torch.stack([0.1 * a, 6 * b, 8 * b], 1), [0, -0.8, 0.6]),
+        (torch.stack([flat, 6 * b + 0.08 * a, 8 * b - 0.06 * a], 1), [1, 0, 0]),
+    ):
+        points = sheet + torch.tensor([0, 0, 50.0])
+        normals = estimate_normals(points[None], radius=100, max_neighbours=81, sign="solver")[0]
+        assert_close(normals, torch.tensor(expected, dtype=torch.float64).expand(81, 3), rtol=0, atol=1e-9)
+
+
 # -- FPFH -------------------------------------------------------------------------------------------------------------
 
 
@@ -174,6 +193,8 @@ def test_errors():
         fpfh(points, points[:, :3])
     with pytest.raises(ConfigError, match="radius"):
         estimate_normals(points, radius=0)
+    with pytest.raises(ConfigError, match="'up'; it must be one of camera, solver"):
+        estimate_normals(points, sign="up")
     with pytest.raises(ConfigError, match="at least 3"):
         estimate_normals(points, max_neighbours=2)
     with pytest.raises(DataError, match="row 0 of cloud 0"):
@@ -191,6 +212,9 @@ def test_stored_normals_and_histograms_of_btf(suffix, voxel):
         normals, expected = (torch.from_numpy(stored[name + suffix]) for name in ("normals", "fpfh"))
     ours = estimate_normals(points, radius=2 * voxel, max_neighbours=30)[0]
     assert ((ours.double() * normals.double()).sum(1).abs() > 1 - 1e-5).all()
+    solved = estimate_normals(points, radius=2 * voxel, max_neighbours=30, sign="solver")
+    assert ((solved[0].double() * normals.double()).sum(1) > 1 - 1e-5).all()
+    assert_close(fpfh(points, solved, radius=5 * voxel, max_neighbours=100)[0], expected, rtol=0, atol=1e-3)
     got = fpfh(points, normals[None], radius=5 * voxel, max_neighbours=100)[0]
     assert_close(got, expected, rtol=0, atol=1e-3)
 
@@ -203,9 +227,11 @@ def test_open3d_gives_the_same():
         cloud.normals = o3d.utility.Vector3dVector()
         cloud.estimate_normals(o3d.geometry.KDTreeSearchParamHybrid(normal_radius, 30))
         normals = torch.from_numpy(np.asarray(cloud.normals).copy())
-        ours = estimate_normals(points[None], radius=normal_radius)[0]
         populated = (torch.cdist(points, points) < normal_radius).sum(1) > 3
+        ours = estimate_normals(points[None], radius=normal_radius)[0]
         assert ((ours * normals).sum(1).abs()[populated] > 1 - 1e-6).all()
+        ours = estimate_normals(points[None], radius=normal_radius, sign="solver")[0]
+        assert ((ours * normals).sum(1)[populated] > 1 - 1e-6).all()
         search = o3d.geometry.KDTreeSearchParamHybrid(radius, 100)
         expected = torch.from_numpy(o3d.pipelines.registration.compute_fpfh_feature(cloud, search).data.T.copy())
         changed = (fpfh(points[None], normals[None], radius=radius)[0] - expected).abs().amax(1)

@@ -21,6 +21,7 @@ the Feature", CVPR-W 2023): there they are 1/d^2, where the paper has 1/d.
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -32,32 +33,42 @@ from .neighbours import ball_neighbours, gather_rows
 from .padding import valid_rows
 
 BINS = 11
+Sign = Literal["camera", "solver"]
 _PAIRS = 2**15  # pairs at a time: what fits the caches of a core
 
 
 def estimate_normals(
-    points: Tensor, *, radius: float = 0.1, max_neighbours: int = 30, valid: Tensor | None = None
+    points: Tensor,
+    *,
+    radius: float = 0.1,
+    max_neighbours: int = 30,
+    sign: Sign = "camera",
+    valid: Tensor | None = None,
 ) -> Tensor:
-    """Unit normals (B, N, 3): the direction in which a point's neighbourhood is thinnest, turned towards the origin.
+    """Unit normals (B, N, 3): the direction in which the neighbourhood of a point is thinnest.
 
     The smallest principal axis of the points strictly within `radius`, the nearest `max_neighbours` at most, the point
-    itself included; the defaults are BTF's. The sign: n.p <= 0 (towards the camera, if the camera is the origin).
-    Open3D, and so BTF, leaves the sign to its solver, and FPFH knows the sign: the few points that it turns away from
-    the camera get another descriptor there.
+    itself included; the defaults are BTF's.
 
     Args:
         points: (B, N, 3).
         radius: In the unit of the points.
         max_neighbours: At least 3.
+        sign: ``"camera"``, n.p <= 0: towards the origin, where the camera is. ``"solver"``: as it falls out of the
+            closed-form eigenvector solver of Open3D, and so in BTF: away from the camera on most of a surface, towards
+            it on a few per cent of the points. FPFH depends on it.
         valid: (B, N) bool; other points are no neighbours and get a normal of 0.
 
     Returns:
-        In the dtype of the points. (0, 0, -1) for a point with fewer than two others in its ball.
+        In the dtype of the points. For a point with fewer than two others in its ball the optical axis: (0, 0, -1), or
+        (0, 0, 1) with the solver's sign.
 
     Raises:
-        ConfigError: `radius` or `max_neighbours` is out of range.
+        ConfigError: `radius`, `max_neighbours` or `sign` is out of range.
         DataError: a valid point is not finite.
     """
+    if sign not in get_args(Sign):
+        raise ConfigError(f"`sign` of the normals is '{sign}'; it must be one of {', '.join(get_args(Sign))}")
     if max_neighbours < 3:
         raise ConfigError(f"a normal needs at least 3 points, got max_neighbours = {max_neighbours}")
     valid = valid_rows(points, valid, "points")
@@ -67,10 +78,15 @@ def estimate_normals(
     count = near.found.sum(-1)[..., None, None]  # B N 1 1
     share = near.found[..., None] / count.clamp(min=1)  # B N k 1
     spread = torch.where(near.found[..., None], spread - (share * spread).sum(2, keepdim=True), 0)
-    _, axes = torch.linalg.eigh(spread.mT @ spread)  # ascending
-    normal = axes[..., 0]
-    normal = torch.where((normal * exact).sum(-1, keepdim=True) > 0, -normal, normal)
-    normal = torch.where(count[..., 0] < 3, normal.new_tensor([0.0, 0.0, -1.0]), normal)
+    covariance = spread.mT @ spread  # B N 3 3, times the count
+    values, axes = torch.linalg.eigh(covariance)  # ascending
+    if sign == "solver":
+        normal = _as_solved(covariance, values, axes)
+    else:
+        normal = axes[..., 0]
+        normal = torch.where(_dot(normal, exact) > 0, -normal, normal)
+    lonely = normal.new_tensor([0.0, 0.0, 1.0 if sign == "solver" else -1.0])
+    normal = torch.where(count[..., 0] < 3, lonely, normal)
     return torch.where(valid[..., None], normal, 0).to(points.dtype)
 
 
@@ -106,6 +122,47 @@ def fpfh(
     near = ball_neighbours(points.double(), points.double(), radius, max_neighbours, valid=valid, queries_valid=valid)
     features = [_fpfh_cloud(*cloud) for cloud in zip(points.double(), normals.double(), *near)]
     return torch.stack(features).to(points.dtype) if features else points.new_zeros(*points.shape[:2], 3 * BINS)
+
+
+def _as_solved(covariance: Tensor, values: Tensor, axes: Tensor) -> Tensor:
+    """The smallest axis (..., 3) with the sign of Eberly's "A Robust Eigensolver for 3x3 Symmetric Matrices" (2014).
+
+    The solver starts from the eigenvalue farthest from the other two. On a surface that is the smallest, and its vector
+    is a cross product of two rows of A - lambda I, those with the longest product. On a line it is the largest; the
+    middle vector is then found in the plane across it, spanned by U and V, and the normal is a cross product of both.
+
+    Args:
+        covariance: A (..., 3, 3).
+        values: Ascending, (..., 3).
+        axes: The eigenvectors as columns, of any sign, (..., 3, 3).
+    """
+    smallest, middle, largest = axes.unbind(-1)
+    w = _cross_signed(largest)
+    x, y, z = w.unbind(-1)
+    zero = torch.zeros_like(x)
+    U = torch.where((x.abs() > y.abs())[..., None], torch.stack([-z, zero, x], -1), torch.stack([zero, z, -y], -1))
+    U = F.normalize(U, dim=-1)
+    V = torch.linalg.cross(w, U)
+    a = _dot(U, (covariance @ U[..., None])[..., 0]) - values[..., 1:2]  # A - lambda I in the basis U, V: a b; b c
+    b = _dot(U, (covariance @ V[..., None])[..., 0])
+    c = _dot(V, (covariance @ V[..., None])[..., 0]) - values[..., 1:2]
+    by_first_row = a.abs() >= c.abs()  # middle = b U - a V, otherwise c U - b V; the larger coefficient made positive
+    along_u = torch.where(by_first_row, b.abs() > a.abs(), c.abs() >= b.abs())
+    turned = torch.where(along_u, _dot(middle, U), -_dot(middle, V))
+    on_a_line = torch.linalg.cross(torch.where(turned < 0, -middle, middle), w)
+    surface = values[..., 1:2] > values.mean(-1, keepdim=True)
+    return torch.where(surface, _cross_signed(smallest), on_a_line)
+
+
+def _cross_signed(vector: Tensor) -> Tensor:
+    """Unit vectors (..., 3) with the sign of the longest cross product of two rows: the largest of +x, -y, +z."""
+    largest = vector.abs().argmax(-1, keepdim=True)
+    sign = vector.new_tensor([1.0, -1.0, 1.0])[largest]
+    return torch.where(sign * vector.gather(-1, largest) < 0, -vector, vector)
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return (a * b).sum(-1, keepdim=True)
 
 
 def _fpfh_cloud(points: Tensor, normals: Tensor, index: Tensor, squared: Tensor, found: Tensor) -> Tensor:
