@@ -128,8 +128,11 @@ def fpfh_by_definition(points: Tensor, normals: Tensor, radius: float, count: in
 @pytest.mark.parametrize(("radius", "count"), [(1.0, 12), (0.015, 100)])
 def test_equals_the_darboux_frame_in_loops(radius, count, monkeypatch):
     monkeypatch.setattr(module, "_PAIRS", 100)  # several blocks
-    points = torch.cat([surface(40), surface(3)])  # three points twice
-    normals = torch.nn.functional.normalize(torch.tensor([0.0, 0, -1]) + 0.4 * random(43, 3, seed=4))
+    upright = torch.tensor([[0.01, 0, 0.5], [0.01, 0, 0.51]], dtype=torch.float64)  # no frame: e is the normal itself
+    points = torch.cat([surface(40), surface(40)[:3], upright])  # three points twice
+    normals = torch.nn.functional.normalize(torch.tensor([0.0, 0, -1]) + 0.4 * random(45, 3, seed=4))
+    normals[41] *= -1  # a copy that looks the other way
+    normals[43] = torch.tensor([0, 0, -1.0])
     expected = fpfh_by_definition(points, normals, radius, count)
     assert_close(fpfh(points[None], normals[None], radius=radius, max_neighbours=count)[0], expected, rtol=0, atol=1e-9)
 

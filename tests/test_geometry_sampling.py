@@ -40,18 +40,20 @@ def greedy_loop(points: Tensor, count: int, start: int = 0) -> list[int]:
     return chosen
 
 
-def choose_in_torch(points: Tensor, count: int, valid: Tensor | None = None, start: int = 0) -> Tensor:
-    """What devices other than the CPU run."""
-    valid = torch.ones(points.shape[:2], dtype=torch.bool) if valid is None else valid
-    return sampling._choose(points, valid, sampling._start_rows(valid, start), count)
+@pytest.fixture(params=["numpy", "torch"])
+def engine(request, monkeypatch):
+    """Run a test once per engine: the CPU's and the one of other devices."""
+    if request.param == "torch":
+        monkeypatch.setattr(sampling, "_on_cpu", lambda points: False)
+    return request.param
 
 
-def test_hand_case_with_a_tie():
+def test_hand_case_with_a_tie(engine):
     assert farthest_points(CORNERS[None], 3).tolist() == [[0, 3, 1]]  # 1 and 2 tie: the lower row
     assert farthest_points(CORNERS[None], 5, start=4).tolist() == [[4, 0, 1, 2, 3]]
 
 
-def test_points_near_the_origin_are_skipped_as_in_the_released_code():
+def test_points_near_the_origin_are_skipped_as_in_the_released_code(engine):
     points = torch.tensor([[0.0, 0, 0.5], [0, 0, 0.01], [0, 0.1, 0.5], [0, 0, 0.031], [0, 0, 0.032]])[None]
     assert farthest_points(points, 5).tolist() == [[0, 1, 2, 4, 3]]
     assert farthest_points(points, 3, skip_squared_norm=RELEASED_SKIP).tolist() == [[0, 4, 2]]
@@ -71,15 +73,15 @@ def test_equals_the_definition_where_many_distances_tie(rows, data):
     start = data.draw(st.integers(0, len(rows) - 1))
     expected = greedy_loop(points, count, start)
     assert farthest_points(points[None], count, start=start).tolist() == [expected]
-    assert choose_in_torch(points[None], count, start=start).tolist() == [expected]
+    first, valid = torch.tensor([start]), torch.ones(1, len(rows), dtype=torch.bool)
+    assert sampling._choose(points[None], valid, first, count).tolist() == [expected]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_both_engines_equal_the_definition_on_a_random_cloud(dtype):
+def test_equals_the_definition_on_a_random_cloud(engine, dtype):
     points = cloud(300).to(dtype)
     expected = greedy_loop(points, 40, start=7)
     assert farthest_points(points[None], 40, start=7).tolist() == [expected]
-    assert choose_in_torch(points[None], 40, start=7).tolist() == [expected]
 
 
 def test_fewer_centres_are_the_first_and_gaps_never_grow():
@@ -90,7 +92,7 @@ def test_fewer_centres_are_the_first_and_gaps_never_grow():
     assert all(later <= sooner for sooner, later in pairwise(gaps))
 
 
-def test_copies_come_last_and_repeats_only_on_request():
+def test_copies_come_last_and_repeats_only_on_request(engine):
     points = cloud(20).repeat(2, 1)[None]
     chosen = farthest_points(points, 40)[0]
     assert sorted(chosen[:20].tolist()) == list(range(20))
@@ -110,17 +112,16 @@ def test_order_of_points_and_place_of_the_cloud_do_not_matter():
     assert torch.equal(points[farthest_points(moved[None], 50)[0]], chosen)
 
 
-@pytest.mark.parametrize("choose", [farthest_points, choose_in_torch])
-def test_padded_rows_change_nothing_wherever_they_are(choose):
-    clouds = [cloud(n, seed=n) for n in (40, 25, 33)]
+def test_padded_rows_change_nothing_wherever_they_are(engine):
+    clouds = [cloud(n, seed=n) + 10 for n in (40, 25, 33)]  # far from the 0 that padding may be read as
     points, valid = torch.full((3, 50, 3), torch.nan), torch.zeros(3, 50, dtype=torch.bool)
     for b, single in enumerate(clouds):
         rows = torch.randperm(50, generator=torch.Generator().manual_seed(b))[: len(single)].sort().values
         points[b, rows], valid[b, rows] = single, True
         expected = rows[farthest_points(single[None], 12, start=3)[0]]
-        assert torch.equal(choose(points[b : b + 1], 12, valid=valid[b : b + 1], start=3)[0], expected)
-    together = choose(points, 12, valid=valid, start=3)
-    singles = [choose(points[b : b + 1], 12, valid=valid[b : b + 1], start=3) for b in range(3)]
+        assert torch.equal(farthest_points(points[b : b + 1], 12, valid=valid[b : b + 1], start=3)[0], expected)
+    together = farthest_points(points, 12, valid=valid, start=3)
+    singles = [farthest_points(points[b : b + 1], 12, valid=valid[b : b + 1], start=3) for b in range(3)]
     assert torch.equal(together, torch.cat(singles))
 
 
@@ -145,13 +146,12 @@ def test_errors_say_which_cloud_and_what_to_do():
 
 
 @pytest.mark.parametrize(("name", "cloud_name"), [("01_group.npz", "cloud"), ("03_interpolate_pool.npz", "valid_xyz")])
-def test_stored_choices_of_the_reference(name, cloud_name):
+def test_stored_choices_of_the_reference(engine, name, cloud_name):
     if not (GOLDEN / name).is_file():
         pytest.skip(f"stored outputs are not here: {GOLDEN / name}")
     with np.load(GOLDEN / name) as stored:
         points, expected = torch.from_numpy(stored[cloud_name])[None], torch.from_numpy(stored["fps_idx"])
     assert torch.equal(farthest_points(points, len(expected))[0], expected)
-    assert torch.equal(choose_in_torch(points, len(expected))[0], expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

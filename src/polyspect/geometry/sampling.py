@@ -66,10 +66,14 @@ def farthest_points(
     if not allow_repeats:
         to_choose_from = open_rows.scatter(1, first[:, None], True).sum(1)
         _check_counts(to_choose_from, count)
-    if points.device.type == "cpu":
+    if _on_cpu(points):
         rows = [_choose_numpy(*cloud, count) for cloud in zip(points.numpy(force=True), open_rows.numpy(), first)]
         return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0, count, dtype=torch.int64)
     return _choose(points, open_rows, first, count)
+
+
+def _on_cpu(points: Tensor) -> bool:
+    return points.device.type == "cpu"
 
 
 def _squared_norm(points: Tensor) -> Tensor:
