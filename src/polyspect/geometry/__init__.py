@@ -1,1 +1,5 @@
-"""Organised point clouds: planes, heights, normals, hole filling, connected pieces. No torch."""
+"""Point clouds.
+
+Organised, in numpy and without torch: planes, heights, normals, hole filling, connected pieces. Packed into (B, N, 3),
+in torch: farthest points, neighbours, interpolation and pooling, FPFH.
+"""
