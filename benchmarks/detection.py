@@ -5,7 +5,7 @@
 
 A detector is NAME or NAME:PRESET. Runs that are already in --out are read, not repeated, so a broken grid goes on. The
 table is Markdown, with 95 % bootstrap intervals; times are wall seconds of fitting (features from a warm cache if
-there is one) and of predicting per part, on this machine.
+there is one) and of predicting per part, on this machine. With several categories a second table has their means.
 """
 
 from __future__ import annotations
@@ -55,6 +55,18 @@ def cell(results: Results, metric: str) -> str:
     return text if ends is None else f"{text} ({ends[0]:.3f}–{ends[1]:.3f})"
 
 
+def means(categories: list[str], found: dict[tuple[str, str], list[Results]]) -> str:
+    """One row per detector and set of modalities: its two metrics in every category, and their means."""
+    lines = ["| detector | modalities | " + " | ".join([*categories, "mean"]) + " |"]
+    lines.append("| --- " * (len(categories) + 3) + "|")
+    for (detector, modalities), rows in found.items():
+        values = [(float(r.metrics["i_auroc"] or "nan"), float(r.metrics["aupro@0.3"] or "nan")) for r in rows]
+        values.append((sum(v for v, _ in values) / len(rows), sum(v for _, v in values) / len(rows)))
+        cells = [f"{score:.3f} / {area:.3f}" for score, area in values]
+        lines.append("| " + " | ".join([detector, modalities, *cells]) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Run the grid and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -67,12 +79,14 @@ def main() -> None:
     parser.add_argument("--cache", default="out/cache")
     parser.add_argument("--bootstrap", type=int, default=1000)
     a = parser.parse_args()
+    found: dict[tuple[str, str], list[Results]] = {}
     lines = ["| category | detector | modalities | I-AUROC | AUPRO@0.3, exact | fit s | predict ms/part |"]
     lines.append("| --- | --- | --- | --- | --- | --- | --- |")
     for category in a.categories:
         for detector in a.detectors:
             for modalities in a.modalities:
                 results, seconds = run_one(a, detector, modalities, category)
+                found.setdefault((detector, modalities), []).append(results)
                 rate = results.timing["images_per_s"] or float("nan")
                 lines.append(
                     f"| {category} | {detector} | {modalities} | {cell(results, 'i_auroc')} | "
@@ -80,6 +94,8 @@ def main() -> None:
                 )
                 print(lines[-1], flush=True)
     print("\n" + "\n".join(lines))
+    if len(a.categories) > 1:
+        print("\nI-AUROC / AUPRO@0.3\n\n" + means(a.categories, found))
 
 
 if __name__ == "__main__":
