@@ -16,8 +16,14 @@ pytestmark = [pytest.mark.real_data, pytest.mark.slow]
     [
         ("patchcore", {}, {"i_auroc": 0.99, "aupro@0.3": 0.9}),
         ("crd", {"epochs": 8, "lr_decay": 0.6}, {"i_auroc": 0.98, "aupro@0.3": 0.85}),
+        ("mmrd", {"epochs": 8, "lr_decay": 0.6}, {"i_auroc": 0.95, "aupro@0.3": 0.85}),
+        (
+            "reverse_distillation",
+            {"epochs": 8, "lr_decay": 0.6, "modalities": ["depth"]},
+            {"i_auroc": 0.98, "aupro@0.3": 0.85},
+        ),
     ],
-    ids=["patchcore", "crd"],
+    ids=["patchcore", "crd", "mmrd", "reverse_distillation"],
 )
 def test_any_object_on_a_bare_table_is_found(detector, settings, floors, osd_root: Path, tmp_path: Path):
     where = {"root": osd_root, "category": "tabletop"}
