@@ -66,7 +66,7 @@ class PointTransformer(nn.Module):
         Args:
             layers: Blocks to return, 0..11, ascending.
             statistics: Where the norms of the group encoder take mean and variance from.
-            chunk: Points handled at a time in eval mode (about 4 kB each); whole groups, at least one.
+            chunk: Points handled at a time in eval mode (about 5 kB each); whole groups, at least one.
 
         Raises:
             ConfigError: `layers` empty, not ascending or out of range; unknown `statistics`; `chunk` below 1.
