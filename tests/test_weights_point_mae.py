@@ -90,6 +90,9 @@ def test_a_tensor_outside_the_published_network_is_named(whole, network):
 def test_a_wrong_shape_a_wrong_kind_and_damage_are_named(encoder, network):
     with pytest.raises(WeightsError, match=r"'norm\.weight' has shape \(256,\), the network needs \(384,\)"):
         point_mae_state(encoder | {"norm.weight": torch.zeros(256)}, network)
+    wide = {"encoder.first_conv.3.weight": torch.zeros(256, 128, 3)}
+    with pytest.raises(WeightsError, match=r"'encoder\.local2\.weight' has shape \(256, 128, 3\), the network needs"):
+        point_mae_state(encoder | wide, network)
     with pytest.raises(WeightsError, match=r"'norm\.weight' is of type torch\.int64"):
         point_mae_state(encoder | {"norm.weight": torch.zeros(384, dtype=torch.int64)}, network)
     with pytest.raises(WeightsError, match=r"'norm\.weight' holds numbers that are not finite"):
