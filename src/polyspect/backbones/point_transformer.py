@@ -1,0 +1,253 @@
+"""The Point-MAE encoder: features of a cloud's groups, from raw coordinates.
+
+Pang et al., "Masked Autoencoders for Point Cloud Self-supervised Learning" (ECCV 2022), as M3DM, CMDIAD and CFM use it.
+Geometry makes the groups; here each of G groups of M points, shifted to its centre, becomes one token, and a
+transformer lets the tokens see each other:
+
+    y = W2 relu(N1(W1 x + b1)) + b2                        (1)  every point x of a group, (256,)
+    t = max over the group of W4 relu(N2(W3 [max y, y] + b3)) + b4     (2)  the group's token, (384,)
+    p = P2 gelu(P1 c + q1) + q2                            (3)  position of the group's centre c, (384,)
+    h <- block(h + p), from h = t, for every block         (4)  the position is added again before EVERY block
+    f = [LN(h after block l) for l in layers]              (5)  one final LayerNorm for all
+
+N1 and N2 are batch norms. The methods' released programs never leave training mode, so that N1 and N2 take their mean
+and (biased) variance from the cloud at hand. That is the default here, ``statistics="cloud"``, written as an explicit
+normalisation: nothing is updated, and clouds of one batch do not mix. ``statistics="stored"`` uses the checkpoint's
+running statistics, which belong to unit-sphere clouds: on parts in metres they flatten the first layer to its bias. The
+released programs also drop whole residual branches at random (DropPath up to 0.1) at test time; that is left out.
+
+In eval mode `forward` computes the same function with less work and bounded memory, `chunk` points at a time:
+
+* norms are folded into the layers before them;
+* nothing is concatenated: W3 [g, y] = Wg g + Wl y, where Wg g is one product per group;
+* there is no nonlinearity between W2 and Wl, so a point takes one 128 -> 512 product, (Wl W2), instead of 256 -> 512;
+* the cloud's statistics need no pass over the wide layers. With S the covariance of its inputs, the variance of a
+  linear layer's output k is (W S W^T)_kk: S is 3x3 before N1, and before N2 it follows from the groups' means and the
+  128x128 scatter within groups (law of total variance).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import ConfigError
+from ..samples import check_shapes
+
+Statistics = Literal["cloud", "stored"]
+
+WIDTH = 384  # channels of a token
+HEADS = 6  # of 64 channels
+BLOCKS = 12  # in the published encoder
+
+
+class PointTransformer(nn.Module):
+    """Features of point groups (Eqs. 1 to 5); 21,825,024 parameters with all 12 blocks.
+
+    Blocks behind the deepest wanted one are not built. Layers used by the methods, counted from 0: M3DM and CFM
+    (3, 7, 11); CMDIAD (3, 11); CFM with 8 blocks (1, 4, 7), with 4 blocks (1, 2, 3), with another number only the last.
+
+    Attributes:
+        layers: Blocks whose outputs are returned.
+        channels: Channels of the features, 384 per layer.
+        encoder: `GroupEncoder` that makes the tokens.
+        position: Eq. 3.
+    """
+
+    def __init__(
+        self, layers: Sequence[int] = (3, 7, 11), *, statistics: Statistics = "cloud", chunk: int = 8192
+    ) -> None:
+        """Build the network; its numbers are random until a checkpoint is loaded (`polyspect.weights.point_mae`).
+
+        Args:
+            layers: Blocks to return, 0..11, ascending.
+            statistics: Where the norms of the group encoder take mean and variance from.
+            chunk: Points handled at a time in eval mode (about 5 kB each); whole groups, at least one.
+
+        Raises:
+            ConfigError: `layers` empty, not ascending or out of range; unknown `statistics`; `chunk` below 1.
+        """
+        super().__init__()
+        self.layers = tuple(layers)
+        if not self.layers or list(self.layers) != sorted({*self.layers} & {*range(BLOCKS)}):
+            raise ConfigError(
+                f"`layers` of the point transformer must be ascending block numbers from 0 to {BLOCKS - 1}, each once, "
+                f"got {list(layers)}"
+            )
+        self.channels = WIDTH * len(self.layers)
+        self.encoder = GroupEncoder(statistics, chunk)
+        self.position = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, WIDTH))
+        self.blocks = nn.ModuleList(Block() for _ in range(self.layers[-1] + 1))
+        self.norm = nn.LayerNorm(WIDTH)
+
+    def forward(self, groups: Tensor, centres: Tensor) -> Tensor:
+        """Features (B, G, 384 * layers), those of the earliest layer first.
+
+        Args:
+            groups: (B, G, M, 3) points minus their group's centre; metres in the methods.
+            centres: (B, G, 3) in the cloud's own frame: features change when the part moves.
+
+        Raises:
+            ShapeError: the shapes do not fit each other.
+        """
+        return self._join(self._outputs(groups, centres, plain=self.training))
+
+    def plain(self, groups: Tensor, centres: Tensor) -> Tensor:
+        """As `forward`, but as Eqs. 1 to 5 are written; what train mode computes and eval mode must equal."""
+        return self._join(self._outputs(groups, centres, plain=True))
+
+    def block_outputs(self, groups: Tensor, centres: Tensor) -> list[Tensor]:
+        """Outputs (B, G, 384) of the chosen layers before the final norm."""
+        return self._outputs(groups, centres, plain=self.training)
+
+    def extra_repr(self) -> str:
+        """Layers and origin of the statistics, for printing."""
+        return f"layers={self.layers}, statistics='{self.encoder.statistics}'"
+
+    def _outputs(self, groups: Tensor, centres: Tensor, plain: bool) -> list[Tensor]:
+        check_shapes(groups=(groups, "B G M 3"), centres=(centres, "B G 3"))
+        h = self.encoder.plain(groups) if plain else self.encoder(groups)  # B G C
+        position = self.position(centres)  # B G C, Eq. 3
+        outputs = []
+        for block in self.blocks:
+            h = block(h + position, plain)  # Eq. 4
+            outputs.append(h)
+        return [outputs[layer] for layer in self.layers]
+
+    def _join(self, outputs: Sequence[Tensor]) -> Tensor:
+        return torch.cat([self.norm(h) for h in outputs], dim=-1)  # Eq. 5
+
+
+class GroupEncoder(nn.Module):
+    """One token per group (Eqs. 1 and 2), whatever the order of its points; 494,464 parameters."""
+
+    def __init__(self, statistics: Statistics = "cloud", chunk: int = 8192) -> None:
+        super().__init__()
+        if statistics not in ("cloud", "stored"):
+            raise ConfigError(f"`statistics` must be 'cloud' or 'stored', got '{statistics}'")
+        if chunk < 1:
+            raise ConfigError(f"`chunk` must be at least 1 point, got {chunk}")
+        self.statistics = statistics
+        self.chunk = chunk
+        self.local1 = nn.Linear(3, 128)  # W1
+        self.norm1 = FoldableNorm(128)
+        self.local2 = nn.Linear(128, 256)  # W2
+        self.joint1 = nn.Linear(512, 512)  # W3: the group's half of the columns, then the point's
+        self.norm2 = FoldableNorm(512)
+        self.joint2 = nn.Linear(512, WIDTH)  # W4
+
+    def forward(self, groups: Tensor) -> Tensor:
+        """Tokens (B, G, 384) of groups (B, G, M, 3), each cloud on its own, by the fast form."""
+        return torch.stack([self._fast(cloud) for cloud in groups])
+
+    def plain(self, groups: Tensor) -> Tensor:
+        """Eqs. 1 and 2 as they are written, for (B, G, M, 3)."""
+        y = self.local2(F.relu(self._normalise(self.norm1, self.local1(groups))))  # B G M 256, Eq. 1
+        whole = y.amax(2, keepdim=True).expand_as(y)
+        z = self._normalise(self.norm2, self.joint1(torch.cat([whole, y], dim=-1)))  # B G M 512
+        return self.joint2(F.relu(z)).amax(2)  # B G 384, Eq. 2
+
+    def _normalise(self, norm: FoldableNorm, x: Tensor) -> Tensor:
+        """Normalise (B, G, M, C) by the stored statistics or by those of each cloud."""
+        if self.statistics == "stored":
+            return norm(x, norm.mean, norm.var)
+        var, mean = torch.var_mean(x, (1, 2), correction=0, keepdim=True)  # B 1 1 C
+        return norm(x, mean, var)
+
+    def _fast(self, points: Tensor) -> Tensor:
+        """Tokens (G, 384) of one cloud's groups (G, M, 3)."""
+        cloud = self.statistics == "cloud"
+        chunks = points.split(max(1, self.chunk // points.shape[1]))
+        W1, b1 = self.norm1.fold(self.local1, *self._input_moments(points) if cloud else ())
+        W_group, W_local = self.joint1.weight.split(256, dim=1)
+        W_point = W_local @ self.local2.weight  # 512 128
+
+        tops, means, scatter = [], [], points.new_zeros(128, 128)
+        for chunk in chunks:
+            r = F.relu(F.linear(chunk, W1, b1))  # g M 128
+            tops.append(F.linear(r, self.local2.weight).amax(1))
+            if cloud:
+                means.append(r.mean(1))
+                centred = (r - means[-1][:, None]).flatten(0, 1)
+                scatter = scatter + centred.T @ centred
+        top = torch.cat(tops) + self.local2.bias  # G 256
+        shift = F.linear(top, W_group, self.joint1.bias) + F.linear(self.local2.bias, W_local)  # G 512
+        if cloud:
+            var, mean = torch.var_mean(shift + torch.cat(means) @ W_point.T, 0, correction=0)  # of the groups' means
+            var = var + ((W_point @ scatter) * W_point).sum(1) / points.shape[:2].numel()  # within the groups
+            scale, offset = self.norm2.affine(mean, var)
+        else:
+            scale, offset = self.norm2.affine(self.norm2.mean, self.norm2.var)
+        W_point, shift = W_point * scale[:, None], shift * scale + offset
+
+        tokens = []
+        for chunk, own in zip(chunks, shift.split(len(chunks[0]))):
+            r = F.relu(F.linear(chunk, W1, b1))
+            z = F.linear(r, W_point).add_(own[:, None]).relu_()  # g M 512
+            tokens.append(F.linear(z, self.joint2.weight).amax(1))
+        return torch.cat(tokens) + self.joint2.bias
+
+    def _input_moments(self, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance (128,) of W1 x + b1 over all points, from those of x."""
+        x = points.flatten(0, 1)
+        mean = x.mean(0)
+        centred = x - mean
+        S = centred.T @ centred / len(x)  # 3 3
+        W = self.local1.weight
+        return self.local1(mean), ((W @ S) * W).sum(1)
+
+
+class FoldableNorm(nn.Module):
+    """Batch norm over the last dimension with given statistics, which it never updates."""
+
+    mean: Tensor
+    var: Tensor
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("var", torch.ones(channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
+        """Normalise (..., C) by `mean` and `var`, then scale and shift."""
+        return (x - mean) * torch.rsqrt(var + self.eps) * self.weight + self.bias
+
+    def affine(self, mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm as ``x * scale + offset``: (C,) each."""
+        scale = self.weight * torch.rsqrt(var + self.eps)
+        return scale, self.bias - mean * scale
+
+    def fold(self, layer: nn.Linear, mean: Tensor | None = None, var: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Weight and bias of `layer` and this norm as one layer; stored statistics unless others are given."""
+        scale, offset = self.affine(self.mean if mean is None else mean, self.var if var is None else var)
+        return layer.weight * scale[:, None], layer.bias * scale + offset
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: h + attention(LN(h)), then h + mlp(LN(h)); 1,773,312 parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(WIDTH)
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
+        self.projection = nn.Linear(WIDTH, WIDTH)
+        self.mlp_norm = nn.LayerNorm(WIDTH)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+
+    def forward(self, h: Tensor, plain: bool = False) -> Tensor:
+        """Map tokens (B, G, 384) to the same shape; `plain` writes the attention out."""
+        q, k, v = self.qkv(self.attention_norm(h)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)  # B heads G 64
+        if plain:
+            weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)  # B heads G G
+            mixed = weights @ v
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v)
+        h = h + self.projection(mixed.transpose(1, 2).flatten(2))
+        return h + self.mlp(self.mlp_norm(h))

@@ -1,0 +1,99 @@
+"""Bring a published network's tensors to our names, with nothing left over and nothing left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..errors import WeightsError
+from .convert import State
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+def unwrap(content: Any, wrapper: str, origin: str) -> State:
+    """The tensors by name in a checkpoint's content: those under `wrapper` if there is such an entry, else all.
+
+    A leading ``module.`` on every name is dropped.
+
+    Raises:
+        WeightsError: no mapping, an empty one, or a value that is no tensor (names it).
+    """
+    from torch import Tensor
+
+    if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+        content = content[wrapper]
+    if not isinstance(content, Mapping) or not content:
+        raise WeightsError(f"{origin} holds {type(content).__name__}, expected tensors by name")
+    for name, value in content.items():
+        if not isinstance(value, Tensor):
+            raise WeightsError(f"{origin}: '{name}' is {type(value).__name__}, expected a tensor")
+    prefix = "module." if all(str(name).startswith("module.") for name in content) else ""
+    return {str(name).removeprefix(prefix): value for name, value in content.items()}
+
+
+def rename(
+    state: Mapping[str, Tensor], network: nn.Module, names: Mapping[str, str], drop: Iterable[str], origin: str
+) -> State:
+    """The state dict of `network` from published tensors: each is renamed or dropped by a rule, or it is an error.
+
+    A convolution with a kernel of one position may become a matrix: its trailing dimensions of size 1 go.
+
+    Args:
+        names: Published name -> ours. Both may be starts that end in ".", which stand for all names under them.
+        drop: Published names, or starts that end in ".", which have no place in `network`.
+        origin: Names `state` in errors.
+
+    Raises:
+        WeightsError: a tensor is unknown, missing, of another shape or kind, or not finite (names it).
+    """
+    dropped, wanted = tuple(drop), network.state_dict()
+    renamed: State = {}
+    unknown = []
+    for name, tensor in state.items():
+        if any(_covers(rule, name) for rule in dropped):
+            continue
+        rule = next((rule for rule in names if _covers(rule, name)), None)
+        ours = "" if rule is None else names[rule] + name[len(rule) :]
+        if ours in wanted and ours not in renamed:
+            renamed[ours] = tensor
+        else:
+            unknown.append(name)
+    if unknown:
+        raise WeightsError(
+            f"{origin} has {_some(unknown)}, for which {type(network).__name__} has no place: it belongs to another "
+            f"network or variant"
+        )
+    missing = [name for name in wanted if name not in renamed]
+    if missing:
+        raise WeightsError(
+            f"{origin} has nothing for {_some(missing)} of {type(network).__name__}: it is not whole, or belongs to "
+            f"another network or variant"
+        )
+    return {name: _fitted(name, renamed[name], like, origin) for name, like in wanted.items()}
+
+
+def _covers(rule: str, name: str) -> bool:
+    return name.startswith(rule) if rule.endswith(".") else name == rule
+
+
+def _fitted(name: str, tensor: Tensor, like: Tensor, origin: str) -> Tensor:
+    shape = tuple(tensor.shape)
+    if tensor.ndim > like.ndim and set(shape[like.ndim :]) == {1}:
+        tensor = tensor.reshape(shape[: like.ndim])
+    if tensor.shape != like.shape:
+        raise WeightsError(
+            f"{origin}: the tensor for '{name}' has shape {shape}, the network needs {tuple(like.shape)}: "
+            f"it belongs to another network or variant"
+        )
+    if tensor.is_floating_point() != like.is_floating_point():
+        raise WeightsError(f"{origin}: the tensor for '{name}' is of type {tensor.dtype}, expected {like.dtype}")
+    if not bool(tensor.isfinite().all()):
+        raise WeightsError(f"{origin}: the tensor for '{name}' holds numbers that are not finite")
+    return tensor
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = [f"'{name}'" for name in names]
+    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
