@@ -81,8 +81,8 @@ class Golden:
         """A scalar."""
         return float(self.stored[name])
 
-    def check(self, name: str, got: Tensor, tolerance: float) -> None:
-        """Largest difference below `tolerance` standard deviations."""
+    def check(self, name: str, got: Tensor, tolerance: float, relative: float = 0.0) -> None:
+        """Largest difference below `tolerance` standard deviations, plus `relative` times the number itself."""
         numbers = got.detach().double().numpy()
         if name in self.stored:
             expected = self.stored[name].astype(np.float64)
@@ -91,4 +91,4 @@ class Golden:
             assert numbers.shape == tuple(self.stored[f"{name}__shape"])
             expected, spread = self.stored[f"{name}__sample"], self.stored[f"{name}__std"]
             numbers = numbers.ravel()[:: int(self.stored[f"{name}__stride"])]
-        np.testing.assert_allclose(numbers, expected, rtol=0, atol=tolerance * spread, err_msg=name)
+        np.testing.assert_allclose(numbers, expected, rtol=relative, atol=tolerance * spread, err_msg=name)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-import numpy as np
 import torch
 
+from golden import filled
 from polyspect.layers.blocks import BlockPlan
 
 Shapes = dict[str, tuple[int, ...]]
@@ -80,7 +79,7 @@ def stfpm_shapes(widths: Sequence[int] = (64, 128, 256, 512)) -> Shapes:
 
 def filled_state(shapes: Mapping[str, tuple[int, ...]], root: str = "") -> dict[str, torch.Tensor]:
     """The golden weights of every tensor."""
-    return {name: filled(root + name, shape) for name, shape in shapes.items()}
+    return {name: filled(root + name, *shape) for name, shape in shapes.items()}
 
 
 def meta_state(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
@@ -89,31 +88,6 @@ def meta_state(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]
         name: torch.empty(shape, device="meta", dtype=torch.int64 if name.endswith("tracked") else torch.float32)
         for name, shape in shapes.items()
     }
-
-
-def noise(name, shape):
-    """Standard normal numbers that depend on the name only."""
-    generator = np.random.default_rng(zlib.crc32(f"0:{name}".encode()))
-    return generator.standard_normal(tuple(shape)).astype(np.float32)
-
-
-def filled(name, shape):
-    """The golden weights: He-scaled kernels, norms near one, small biases."""
-    leaf = name.rsplit(".", 1)[-1]
-    if leaf == "num_batches_tracked":
-        return torch.zeros(tuple(shape), dtype=torch.int64)
-    z = noise(name, shape)
-    if leaf == "running_var":
-        z = 1 + 0.2 * np.abs(z)
-    elif leaf == "bias":
-        z = 0.05 * z
-    elif len(shape) >= 2:
-        z = z * np.float32(np.sqrt(2 / np.prod(shape[1:])))
-    elif leaf == "weight":
-        z = 1 + 0.1 * z
-    else:
-        z = 0.1 * z
-    return torch.from_numpy(np.array(z, dtype=np.float32))
 
 
 def _embedding(network: Network, sources: int) -> Shapes:

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
+from golden import Golden, filled, noise
 from polyspect.backbones.modalities import name_stages
 from polyspect.detectors.crd import CRD, CRDConfig
 from polyspect.detectors.reverse_distillation import ReverseDistillation, ReverseDistillationConfig
 from polyspect.layers.maps import MapMoments, cosine_map
 from polyspect.weights import official
-from published import RESNET18, RESNET50, WIDE_RESNET50, crd_shapes, filled, filled_state, noise, rd4ad_shapes
+from published import RESNET18, RESNET50, WIDE_RESNET50, crd_shapes, filled_state, rd4ad_shapes
 
-GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "reference" / "golden"
 OTHER = {"rgb": "depth", "depth": "rgb"}
 
 # golden archive -> the network whose published checkpoint it was made with
@@ -30,7 +28,7 @@ def fill_teacher(teacher, root):
     start = inner.removesuffix("layer1.0.conv1.weight")
     for key, tensor in teacher.state_dict().items():
         if key.startswith(start):
-            tensor.copy_(filled(root + key.removeprefix(start), tensor.shape))
+            tensor.copy_(filled(root + key.removeprefix(start), *tensor.shape))
 
 
 def load_imported(detector, tensors, part):
@@ -39,32 +37,17 @@ def load_imported(detector, tensors, part):
     detector.load_state_dict(tensors, strict=False)
 
 
-class Golden:
-    """One archive of stored outputs, whole or as (size, spread, every k-th number)."""
-
-    def __init__(self, name):
-        path = GOLDEN / name
-        if not path.is_file():
-            pytest.skip(f"stored outputs are not here: {path}")
-        with np.load(path, allow_pickle=False) as archive:
-            self.stored = dict(archive)
+class Stored(Golden):
+    """An archive at the tolerances of the distillation networks."""
 
     def check(self, name, got):
-        got = got.detach().double().numpy()
-        if name in self.stored:
-            expected = np.asarray(self.stored[name], dtype=np.float64)
-            spread = expected.std()
-        else:
-            assert got.shape == tuple(self.stored[f"{name}__shape"])
-            expected, spread = self.stored[f"{name}__sample"], self.stored[f"{name}__std"]
-            got = got.ravel()[:: int(self.stored[f"{name}__stride"])]
-        np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-4 * spread, err_msg=name)
+        super().check(name, got, 1e-4, relative=1e-4)
 
     def check_number(self, name, got):
         np.testing.assert_allclose(got.detach().double().numpy(), self.stored[name], rtol=5e-5, err_msg=name)
 
     def image(self, name):
-        return torch.from_numpy(noise(name, self.stored[f"input__{name}__shape"]))
+        return noise(name, *self.stored[f"input__{name}__shape"])
 
 
 def check_student(golden, detector, features, name):
@@ -109,7 +92,7 @@ def check_maps(golden, detector, features, prefix, size):
 @pytest.mark.slow
 @pytest.mark.parametrize("backbone", CRD_NETWORKS)
 def test_crd_equals_the_official_code(backbone):
-    golden = Golden(f"crd_{backbone}.npz")
+    golden = Stored(f"crd_{backbone}.npz")
     detector = CRD(CRDConfig(backbone=backbone, weights="random"), pretrained=False).eval()
     with torch.no_grad():
         fill_teacher(detector.teacher, "teacher.encoder.")
@@ -131,7 +114,7 @@ def test_crd_equals_the_official_code(backbone):
 
 @pytest.mark.parametrize("backbone", ["resnet18", pytest.param("wide_resnet50_2", marks=pytest.mark.slow)])
 def test_reverse_distillation_equals_the_official_code(backbone):
-    golden = Golden(f"rd4ad_{backbone}.npz")
+    golden = Stored(f"rd4ad_{backbone}.npz")
     config = ReverseDistillationConfig(backbone=backbone, weights="random")
     detector = ReverseDistillation(config, pretrained=False).eval()
     with torch.no_grad():

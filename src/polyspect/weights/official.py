@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import WeightsError, nearest_names
 from .convert import State, named_tensors, read_file
+from .renaming import covers, listed
 from .resolve import verified
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def crd(content: Any, origin: str = "the checkpoint") -> Imported:
     if len(students) != 2:
         raise WeightsError(
             f"{origin}: format 'crd' holds two students that help each other, got {len(students)} "
-            f"({_some(f'student_{name}' for name in students)})"
+            f"({listed(f'student_{name}' for name in students)})"
         )
     tensors: State = {}
     for (own, student), other in zip(students.items(), reversed(students)):
@@ -258,8 +259,8 @@ def load_checkpoint(
     state = {name.removeprefix(part): tensor for name, tensor in imported.tensors.items()}
     missing, extra = [n for n in expected if n not in state], [n for n in state if n not in expected]
     if missing or extra:
-        lacks = f"lacks {_some(missing)}" if missing else ""
-        has = f"has {_some(extra)}, for which the detector has no place" if extra else ""
+        lacks = f"lacks {listed(missing)}" if missing else ""
+        has = f"has {listed(extra)}, for which the detector has no place" if extra else ""
         students = f"; its students are for {', '.join(imported.modalities)}" if imported.modalities else ""
         raise WeightsError(
             f"{origin} {' and '.join(filter(None, (lacks, has)))}{students}: choose the modalities, the backbone and "
@@ -291,7 +292,7 @@ def detect(content: Any, origin: str = "the checkpoint") -> str:
         if any(re.match(kind.mark, key) for key in state):
             return name
     known = "; ".join(f"{name}: {kind.keys}" for name, kind in FORMATS.items())
-    raise WeightsError(f"{origin} is of no known format. It holds {_some(state)}; known are {known}")
+    raise WeightsError(f"{origin} is of no known format. It holds {listed(state)}; known are {known}")
 
 
 def _own_header(path: Path) -> Mapping[str, Any] | None:
@@ -364,19 +365,15 @@ def _rename(
     """
     dropped = {name: why for name in state for rule, why in drop.items() if re.match(rule, name)}
     kept = {name: tensor for name, tensor in state.items() if name not in dropped}
-    rules = {name: next((old for old in keep if _covers(old, name)), "") for name in kept}
+    rules = {name: next((old for old in keep if covers(old, name)), "") for name in kept}
     unknown = [name for name, rule in rules.items() if not rule]
     if unknown:
         raise WeightsError(_unknown(origin, published, unknown))
     missing = [old.removesuffix(".") for old in keep if old not in rules.values()] + _missing_halves(kept)
     if missing:
-        raise WeightsError(f"{origin} lacks {_some(missing)}: it is not whole, or not of format '{published}'")
+        raise WeightsError(f"{origin} lacks {listed(missing)}: it is not whole, or not of format '{published}'")
     renamed = {keep[rule] + name.removeprefix(rule): kept[name] for name, rule in rules.items()}
     return _with_counters(renamed), dropped
-
-
-def _covers(rule: str, name: str) -> bool:
-    return name.startswith(rule) if rule.endswith(".") else name == rule
 
 
 def _missing_halves(state: State) -> list[str]:
@@ -431,10 +428,4 @@ def _check_tensor(name: str, tensor: Tensor, wanted: Tensor, origin: str) -> Non
 
 
 def _unknown(origin: str, published: str, names: list[str]) -> str:
-    return f"{origin} has {_some(names)}, unknown to format '{published}': it is of another network or version"
-
-
-def _some(names: Iterable[str]) -> str:
-    """The first few names, and how many more."""
-    listed = [f"'{name}'" for name in names]
-    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "") or "nothing"
+    return f"{origin} has {listed(names)}, unknown to format '{published}': it is of another network or version"

@@ -52,9 +52,9 @@ def rename(
     renamed: State = {}
     unknown = []
     for name, tensor in state.items():
-        if any(_covers(rule, name) for rule in dropped):
+        if any(covers(rule, name) for rule in dropped):
             continue
-        rule = next((rule for rule in names if _covers(rule, name)), None)
+        rule = next((rule for rule in names if covers(rule, name)), None)
         ours = "" if rule is None else names[rule] + name[len(rule) :]
         if ours in wanted and ours not in renamed:
             renamed[ours] = tensor
@@ -62,19 +62,20 @@ def rename(
             unknown.append(name)
     if unknown:
         raise WeightsError(
-            f"{origin} has {_some(unknown)}, for which {type(network).__name__} has no place: it belongs to another "
+            f"{origin} has {listed(unknown)}, for which {type(network).__name__} has no place: it belongs to another "
             f"network or variant"
         )
     missing = [name for name in wanted if name not in renamed]
     if missing:
         raise WeightsError(
-            f"{origin} has nothing for {_some(missing)} of {type(network).__name__}: it is not whole, or belongs to "
+            f"{origin} has nothing for {listed(missing)} of {type(network).__name__}: it is not whole, or belongs to "
             f"another network or variant"
         )
     return {name: _fitted(name, renamed[name], like, origin) for name, like in wanted.items()}
 
 
-def _covers(rule: str, name: str) -> bool:
+def covers(rule: str, name: str) -> bool:
+    """Whether a rule is for a tensor: its name or, ending in ".", the start of it."""
     return name.startswith(rule) if rule.endswith(".") else name == rule
 
 
@@ -94,6 +95,7 @@ def _fitted(name: str, tensor: Tensor, like: Tensor, origin: str) -> Tensor:
     return tensor
 
 
-def _some(names: Iterable[str]) -> str:
-    listed = [f"'{name}'" for name in names]
-    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
+def listed(names: Iterable[str]) -> str:
+    """The first few names, and how many more there are; "nothing" for none."""
+    quoted = [f"'{name}'" for name in names]
+    return ", ".join(quoted[:4]) + (f" and {len(quoted) - 4} more" if len(quoted) > 4 else "") or "nothing"
