@@ -372,6 +372,14 @@ def test_learning_goes_as_quickly_as_the_card_says():
     assert losses[40] < 0.3
 
 
+@pytest.mark.parametrize("settings", [{}, {"fusion": "ssa"}, {"paradigm": "forward"}])
+def test_mixed_precision_fits_to_finite_maps(settings):
+    detector = mmrd(epochs=1, **settings)
+    engine = Engine(EngineConfig(device="cpu", block=4, precision="bf16-mixed"))
+    engine.fit(detector, {"train": TinyParts(range(4)), "validation": TinyParts(range(50, 52))})
+    assert bool(detector(tiny_batch([60])).map.isfinite().all())
+
+
 def test_a_fit_that_was_stopped_goes_on_to_the_same_bits(tmp_path):
     whole = fit(mmrd(epochs=3)).state_dict()
     checkpoint = tmp_path / "c"

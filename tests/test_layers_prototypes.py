@@ -43,6 +43,16 @@ def test_weights_of_one_match_among_fifty():
     assert_close(many.sum(-1), torch.ones(2, 4, 4))
 
 
+def test_mixed_precision_leaves_them_in_single_precision():
+    vectors = torch.randn(7, 5, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(2))
+    plain = bank(vectors)(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = bank(vectors)(x)
+    assert mixed.dtype == torch.float32
+    assert torch.equal(mixed, plain)
+
+
 def test_the_order_of_prototypes_does_not_matter_and_zero_features_weigh_all_alike():
     vectors = torch.randn(7, 5, generator=torch.Generator().manual_seed(1))
     x = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(2))

@@ -30,14 +30,16 @@ class Prototypes(nn.Module):
 
     def weights(self, features: Tensor) -> Tensor:
         """W of Eq. 4 for features (B, C, h, w): (B, h, w, N), summing to 1 over the prototypes."""
-        x = features.permute(0, 2, 3, 1)  # B h w C, contiguous for channels_last maps
-        inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=EPS).reciprocal()
-        cosine = (x @ F.normalize(self.vectors, dim=1, eps=EPS).T) * inverse
-        return (cosine / self.tau).softmax(-1)
+        x = features.float().permute(0, 2, 3, 1)  # B h w C, contiguous for channels_last maps
+        with torch.autocast(x.device.type, enabled=False):  # norms of long vectors overflow half precision
+            inverse = torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp(min=EPS).reciprocal()
+            cosine = (x @ F.normalize(self.vectors, dim=1, eps=EPS).T) * inverse
+            return (cosine / self.tau).softmax(-1)
 
     def forward(self, features: Tensor) -> Tensor:
         """Fhat of Eq. 5 for features (B, C, h, w): the same shape, in channels_last layout."""
-        return (self.weights(features) @ self.vectors).permute(0, 3, 1, 2)
+        with torch.autocast(features.device.type, enabled=False):
+            return (self.weights(features) @ self.vectors).permute(0, 3, 1, 2)
 
 
 def prototype_loss(features: Tensor, prior: Tensor, cells: Tensor | None = None) -> Tensor:
