@@ -25,7 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -96,11 +96,11 @@ def measure(a: argparse.Namespace, name: str, folder: str) -> dict[str, float]:
             times.append(time.perf_counter() - started)
         return statistics.median(times[1:])
 
-    backbone = getattr(detector.teacher, "backbone", detector.teacher)
+    backbone = plain_backbone(a)
     images = stack_modalities(batch, config.modalities)
     with torch.inference_mode():
         predict = median(lambda: detector(batch)) / len(batch)
-        bare = median(lambda: backbone.network((images - backbone.mean) / backbone.std)) / len(batch)
+        bare = median(lambda: backbone(images)) / len(batch)
     return {
         "epoch": epoch,
         "fit_rate": len(parts) / epoch,
@@ -114,6 +114,13 @@ def measure(a: argparse.Namespace, name: str, folder: str) -> dict[str, float]:
     }
 
 
+def plain_backbone(a: argparse.Namespace) -> Any:
+    """The frozen network by itself, with its own norms."""
+    from polyspect.backbones.image import ImageBackbone
+
+    return ImageBackbone(a.backbone, (4, 8, 16), a.weights).to(a.device)
+
+
 def uncached_epoch(a: argparse.Namespace, detector: Any, parts: Any, *, read: bool, wait: Callable[[], None]) -> float:
     """Seconds of an epoch as usually written: teacher and student on every step, one modality after another."""
     import torch
@@ -122,6 +129,7 @@ def uncached_epoch(a: argparse.Namespace, detector: Any, parts: Any, *, read: bo
     optimizer = torch.optim.Adam(list(stage.parameters()), lr=1e-3, betas=(0.5, 0.999))
     groups = [list(range(first, min(first + a.batch, len(parts)))) for first in range(0, len(parts), a.batch)]
     held = None if read else [parts.batch(group) for group in groups]
+    plain = plain_backbone(a)
     module, times = sys.modules[type(detector).__module__], []
     usual, module.stages_of = module.stages_of, plain_stages  # type: ignore[attr-defined]
     detector.requires_grad_(True)
@@ -132,7 +140,7 @@ def uncached_epoch(a: argparse.Namespace, detector: Any, parts: Any, *, read: bo
         for index, group in enumerate(groups):
             batch = (parts.batch(group) if held is None else held[index]).to(a.device)
             with torch.no_grad():
-                features = one_by_one(detector, batch)
+                features = one_by_one(plain, detector.modalities, batch)
             loss = sum(stage.loss(features).values())
             optimizer.zero_grad()
             loss.backward()
@@ -143,22 +151,13 @@ def uncached_epoch(a: argparse.Namespace, detector: Any, parts: Any, *, read: bo
     return min(times)
 
 
-def one_by_one(detector: Any, batch: Any) -> dict[str, Any]:
-    """Features with one pass of the network per modality, in the ordinary layout.
-
-    (Norms with statistics per modality take all of them in every pass; their rows are picked afterwards.)
-    """
-    import torch
-
+def one_by_one(backbone: Any, names: Sequence[str], batch: Any) -> dict[str, Any]:
+    """Features with one pass of a plain network per modality, in the ordinary layout."""
     from polyspect.backbones.modalities import modality_image, name_stages
 
-    backbone, names = getattr(detector.teacher, "backbone", detector.teacher), detector.modalities
-    copies, stages, image = len(names) if hasattr(detector.teacher, "norms") else 1, {}, None
-    for row, name in enumerate(names):
-        image = (modality_image(batch, name) - backbone.mean) / backbone.std
-        maps = backbone.network(torch.cat([image] * copies) if copies > 1 else image.contiguous())
-        stages[name] = [x.chunk(copies)[row if copies > 1 else 0] for x in maps]
-    return {"valid": batch.valid, "foreground": batch.foreground, "image": image} | name_stages(stages)
+    images = {name: ((modality_image(batch, name) - backbone.mean) / backbone.std).contiguous() for name in names}
+    stages = {name: backbone.network(image) for name, image in images.items()}
+    return {"valid": batch.valid, "foreground": batch.foreground, "image": images[names[0]]} | name_stages(stages)
 
 
 def plain_stages(features: Any, name: str, count: int = 3) -> list[Any]:
