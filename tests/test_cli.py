@@ -17,6 +17,7 @@ from PIL import Image
 
 from polyspect.cli import build_parser, main
 from polyspect.data.synthetic import make_part, write_dataset
+from polyspect.detectors import DETECTORS
 
 SMALL = ["--prepare", "size=64", "--set", "bank_limit=200"]
 
@@ -364,5 +365,5 @@ def test_refusals_are_one_line_for_the_shell_too(tmp_path):
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.splitlines() == [
-        "polyspect: error: unknown detector 'crdd': did you mean 'crd'? known: crd, patchcore"
+        f"polyspect: error: unknown detector 'crdd': did you mean 'crd'? known: {', '.join(sorted(DETECTORS))}"
     ]
