@@ -41,8 +41,8 @@ from ..layers.maps import MapMoments, cosine_map, gaussian_smooth
 from ..layers.projection import AmplifierProjection, FilterProjection
 from ..samples import Batch, Features, Prediction, is_geometric
 from ..weights.official import checkpoint_source, load_checkpoint
-from .contract import Detector, Observe, Optimise, Stage, evaluating, require, require_grid, require_views, seeded
-from .recipe import adam, check_recipe, decay
+from .contract import Detector, Observe, Stage, evaluating, require, require_grid, require_views, seeded
+from .recipe import check_recipe, train
 
 _require = partial(require, "CRD")
 
@@ -198,15 +198,7 @@ class CRD(Detector):
         With a `checkpoint` nothing is trained.
         """
         moments = MapMoments()
-        training = Optimise(
-            name="students",
-            parameters=self.students.parameters,
-            loss=self.loss,
-            optimizer=partial(adam, self.config),
-            schedule=decay(self.config),
-            epochs=self.config.epochs,
-            batch_size=self.config.batch_size,
-        )
+        training = train("students", self.config, self.students.parameters, self.loss)
         levels = Observe(
             name="map_levels",
             update=partial(self._see_maps, moments),

@@ -31,8 +31,8 @@ from ..layers.distillation import LossKind, cosine_losses
 from ..layers.maps import cosine_map, fill_unkept, gaussian_smooth
 from ..samples import Batch, Features, Prediction, is_geometric
 from ..weights.official import checkpoint_source, load_checkpoint
-from .contract import Detector, Optimise, Stage, evaluating, require, require_grid, require_views
-from .recipe import adam, check_recipe, decay
+from .contract import Detector, Stage, evaluating, require, require_grid, require_views
+from .recipe import check_recipe, train
 
 _require = partial(require, "ForwardDistillation")
 
@@ -124,20 +124,10 @@ class ForwardDistillation(Detector):
 
     def stages(self) -> Sequence[Stage]:
         """Train the student; nothing with a `checkpoint`."""
-        config = self.config
-        if config.checkpoint is not None:
+        if self.config.checkpoint is not None:
             return []
-        return [
-            Optimise(
-                name="student",
-                parameters=self.student.parameters,
-                loss=self.loss,
-                optimizer=partial(adam, config) if config.optimizer == "adam" else self._sgd,
-                schedule=decay(config),
-                epochs=config.epochs,
-                batch_size=config.batch_size,
-            )
-        ]
+        sgd = self._sgd if self.config.optimizer == "sgd" else None
+        return [train("student", self.config, self.student.parameters, self.loss, sgd)]
 
     def loss(self, features: Features) -> dict[str, Tensor]:
         """Eq. 2."""

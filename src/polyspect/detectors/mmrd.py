@@ -45,8 +45,8 @@ from ..layers.fusion import RULES, Rule, SqueezeExcitation, fuse
 from ..layers.maps import cosine_map, cosine_shares, enlarge, fill_unkept, gaussian_smooth
 from ..layers.prototypes import Prototypes, RandomRows, prototype_loss
 from ..samples import Batch, Features, Prediction, is_geometric
-from .contract import Detector, Observe, Optimise, Stage, evaluating, require, require_grid, require_views, seeded
-from .recipe import adam, check_recipe, decay
+from .contract import Detector, Observe, Stage, evaluating, require, require_grid, require_views, seeded
+from .recipe import check_recipe, train
 
 _require = partial(require, "MMRD")
 STAGES = (0, 1, 2)  # strides 4, 8, 16
@@ -284,17 +284,7 @@ class MMRD(Detector):
             }
             see, draw = partial(self._see_features, rows), partial(self._set_prototypes, rows)
             stages.append(Observe(name="prototypes", update=see, finish=draw))
-        stages.append(
-            Optimise(
-                name="student",
-                parameters=self.student.parameters,
-                loss=self.loss,
-                optimizer=partial(adam, config),
-                schedule=decay(config),
-                epochs=config.epochs,
-                batch_size=config.batch_size,
-            )
-        )
+        stages.append(train("student", config, self.student.parameters, self.loss))
         return stages
 
     def loss(self, features: Features) -> dict[str, Tensor]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from .contract import require
+from ..samples import Features
+from .contract import Optimise, require
 
 
 class Recipe(Protocol):
@@ -50,11 +51,28 @@ def check_recipe(method: str, recipe: Recipe) -> None:
     require(method, betas_fit, "betas", "two numbers in [0, 1)", recipe.betas)
 
 
-def adam(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def train(
+    name: str,
+    recipe: Recipe,
+    parameters: Callable[[], Iterable[nn.Parameter]],
+    loss: Callable[[Features], Mapping[str, Tensor]],
+    optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer] | None = None,
+) -> Optimise:
+    """The training stage called `name`: Adam, unless another `optimizer` is given, over `parameters` by the recipe.
+
+    The learning rate is multiplied by `lr_decay` after every epoch.
+    """
+    return Optimise(
+        name=name,
+        parameters=parameters,
+        loss=loss,
+        optimizer=optimizer or partial(_adam, recipe),
+        schedule=partial(torch.optim.lr_scheduler.ExponentialLR, gamma=recipe.lr_decay),
+        epochs=recipe.epochs,
+        batch_size=recipe.batch_size,
+    )
+
+
+def _adam(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """Adam in one kernel for all parameters."""
     return torch.optim.Adam(parameters, lr=recipe.learning_rate, betas=recipe.betas, fused=True)
-
-
-def decay(recipe: Recipe) -> Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler]:
-    """The schedule that multiplies the learning rate by `lr_decay` after every epoch."""
-    return partial(torch.optim.lr_scheduler.ExponentialLR, gamma=recipe.lr_decay)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import WeightsError
-from .convert import State
+from .convert import State, named_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -20,17 +20,9 @@ def unwrap(content: Any, wrapper: str, origin: str) -> State:
     Raises:
         WeightsError: no mapping, an empty one, or a value that is no tensor (names it).
     """
-    from torch import Tensor
-
     if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
         content = content[wrapper]
-    if not isinstance(content, Mapping) or not content:
-        raise WeightsError(f"{origin} holds {type(content).__name__}, expected tensors by name")
-    for name, value in content.items():
-        if not isinstance(value, Tensor):
-            raise WeightsError(f"{origin}: '{name}' is {type(value).__name__}, expected a tensor")
-    prefix = "module." if all(str(name).startswith("module.") for name in content) else ""
-    return {str(name).removeprefix(prefix): value for name, value in content.items()}
+    return named_tensors(content, origin)
 
 
 def rename(
