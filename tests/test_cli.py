@@ -367,3 +367,10 @@ def test_refusals_are_one_line_for_the_shell_too(tmp_path):
     assert done.stderr.splitlines() == [
         f"polyspect: error: unknown detector 'crdd': did you mean 'crd'? known: {', '.join(sorted(DETECTORS))}"
     ]
+
+
+def test_named_types_of_settings_are_shown_as_their_choices(capsys):
+    assert main(["detectors", "mmrd", "--json"]) == 0
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    assert settings["fusion"]["type"].startswith("Literal['alpha_sum', 'alpha_aux', 'add', 'csa'")
+    assert settings["bn_momentum"]["type"] == "float | None"

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from .errors import ConfigError, nearest_names
 from .version import __version__
@@ -143,12 +143,13 @@ def run_detectors(a: argparse.Namespace) -> int:
 
     if a.name is None:  # nothing heavy is imported for the list
         rows = {name: describe(name) for name in DETECTORS}
-        _emit(a, rows, "\n".join(f"{name:<14} {text}" for name, text in rows.items()))
+        _emit(a, rows, "\n".join(f"{name:<20} {text}" for name, text in rows.items()))
         return 0
     import dataclasses
 
     kind = detector_class(a.name)
-    fields = {f.name: {"type": str(f.type), "default": f.default} for f in dataclasses.fields(kind.Config)}
+    types = _field_types(kind.Config)
+    fields = {f.name: {"type": types[f.name], "default": f.default} for f in dataclasses.fields(kind.Config)}
     shown = {"name": a.name, "about": describe(a.name), "settings": fields, "presets": dict(kind.PRESETS)}
     lines = [f"{a.name}: {describe(a.name)}", "", "settings (polyspect fit --set NAME=VALUE):"]
     lines += [f"  {name:<22} {spec['type']:<34} {spec['default']!r}" for name, spec in fields.items()]
@@ -159,6 +160,15 @@ def run_detectors(a: argparse.Namespace) -> int:
     ]
     _emit(a, shown, "\n".join(lines))
     return 0
+
+
+def _field_types(config: type[Any]) -> dict[str, str]:
+    """Types of a config's fields as they are written; a named type (`Rule`) as the choices that it stands for."""
+    written, meant = config.__annotations__, get_type_hints(config)
+    return {
+        name: str(meant[name]).replace("typing.", "") if text.isidentifier() and text[0].isupper() else text
+        for name, text in written.items()
+    }
 
 
 def run_fit(a: argparse.Namespace) -> int:
