@@ -197,6 +197,33 @@ def groups_to_patches(
     return _pooled(index, weight, centres.shape[1], pixels, size, patches, window, valid)
 
 
+def pool_pixels(
+    index: Tensor,
+    weight: Tensor,
+    columns: int,
+    size: tuple[int, int],
+    patches: tuple[int, int],
+    *,
+    window: int = 3,
+) -> LinearMap:
+    """The map of `groups_to_patches` from interpolation weights that are kept per pixel.
+
+    Args:
+        index: (B, H*W, k) int64, the groups that a pixel listens to.
+        weight: (B, H*W, k), how much; 0 where a pixel has no point.
+        columns: G, groups per cloud.
+        size, patches, window: See `points_to_patches`.
+
+    Raises:
+        ConfigError: as `points_to_patches`.
+        ShapeError: `index` and `weight` do not fit each other or the image.
+    """
+    H, W = size
+    check_shapes(index=(index, f"B {H * W} k"), weight=(weight, f"B {H * W} k"))
+    pixels = torch.arange(H * W, device=index.device).expand(len(index), -1)
+    return _pooled(index, weight, columns, pixels, size, patches, window, None)
+
+
 def _pooled(
     index: Tensor,
     weight: Tensor,

@@ -1,0 +1,113 @@
+"""RGB and point features of registered parts: the two frozen extractors that M3DM, CMDIAD and CFM share.
+
+An image backbone sees RGB, a point transformer sees the cloud. What they return is kept as small as it can be stored:
+the image's own feature grid, and the features of point groups with the weights that lead from them to pixels. Patches on
+any grid are made from that when they are needed, by one sparse product (points) and one resize (RGB).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..backbones.image import ImageBackbone
+from ..backbones.points import PointBackbone, patch_features
+from ..samples import Batch, Features
+from .patches import join_stages
+
+Grid = tuple[int, int]
+Resize = Literal["pool", "bilinear"]
+
+
+class RGBPoints(nn.Module):
+    """The frozen extractors of RGB (``rgb``) and points (``xyz``), or one of them.
+
+    Attributes:
+        channels: Modality -> channels of its patches.
+    """
+
+    def __init__(self, rgb: ImageBackbone | None, xyz: PointBackbone | None) -> None:
+        super().__init__()
+        self.rgb = rgb
+        self.xyz = xyz
+        self.channels: dict[str, int] = {}
+        if rgb is not None:
+            self.channels["rgb"] = sum(rgb.channels)
+        if xyz is not None:
+            self.channels["xyz"] = xyz.channels
+
+    @property
+    def sources(self) -> dict[str, dict[str, str]]:
+        """Modality -> name, source and sha256 of the weights."""
+        both = {"rgb": self.rgb, "xyz": self.xyz}
+        return {name: dict(extractor.weights_source) for name, extractor in both.items() if extractor is not None}
+
+    def forward(self, batch: Batch, names: Sequence[str] = ("rgb", "xyz")) -> dict[str, Tensor]:
+        """Features of the modalities in `names`, flat, batch first.
+
+        ``rgb.grid`` (B, C, h, w), the joined stages of the image backbone; ``xyz.groups``, ``xyz.near`` and
+        ``xyz.share`` as `PointBackbone`; ``valid`` and ``foreground`` (B, H, W) bool.
+        """
+        features = {"valid": batch.valid, "foreground": batch.foreground}
+        if "rgb" in names and self.rgb is not None:
+            features["rgb.grid"] = self.image_grid(batch.images["rgb"])
+        if "xyz" in names and self.xyz is not None:
+            features |= {f"xyz.{name}": x for name, x in self.xyz(batch).items()}
+        return features
+
+    def image_grid(self, rgb: Tensor) -> Tensor:
+        """Features (B, C, h, w) of images (B, 3, H, W) in 0..1: a transformer's tokens, or joined stages of a CNN."""
+        assert self.rgb is not None
+        stages = self.rgb(rgb)
+        return (stages[0] if len(stages) == 1 else join_stages(stages, None)).float()
+
+
+def image_backbone(
+    name: str, reductions: Sequence[int], weights: str, pretrained: bool, seed: int
+) -> ImageBackbone:
+    """The image backbone of these methods; of a plain vision transformer the normed tokens, as they use DINO."""
+    return ImageBackbone(
+        name, reductions=reductions, weights=weights, pretrained=pretrained, seed=seed, final_norm=is_plain_vit(name)
+    )
+
+
+def is_plain_vit(name: str) -> bool:
+    """Whether timm calls this backbone a plain vision transformer (``vit_...``), whose final norm these methods keep."""
+    return name.partition(".")[0].startswith("vit_")
+
+
+def rgb_patches(features: Features, grid: Grid, how: Resize = "pool") -> Tensor:
+    """RGB patches (B, h*w, C), row-major, from the image's own grid.
+
+    Args:
+        features: With ``rgb.grid``.
+        grid: h, w.
+        how: ``"pool"``: adaptive mean, which repeats cells when the grid grows by a whole factor (M3DM, CMDIAD);
+            ``"bilinear"`` (CFM).
+    """
+    x = features["rgb.grid"]
+    if x.shape[-2:] != torch.Size(grid):
+        if how == "pool":
+            x = F.adaptive_avg_pool2d(x, grid)
+        else:
+            x = F.interpolate(x, size=grid, mode="bilinear", align_corners=False)
+    return x.flatten(2).mT
+
+
+def point_patches(features: Features, grid: Grid, window: int = 3) -> Tensor:
+    """Point patches (B, h*w, C), row-major; exactly zero where a patch's window holds no point."""
+    size = (int(features["valid"].shape[-2]), int(features["valid"].shape[-1]))
+    own = {name: features[f"xyz.{name}"] for name in ("groups", "near", "share")}
+    return patch_features(own, size, grid, window=window)
+
+
+def measured_patches(features: Features, grid: Grid, window: int = 3) -> Tensor:
+    """Where a patch's window holds a point, (B, h*w) bool; the patches whose point features are not zero."""
+    pixels = (features["xyz.share"].sum(-1) > 0).float()  # B H*W
+    image = pixels.view(len(pixels), 1, *features["valid"].shape[-2:])
+    means = F.avg_pool2d(image, window, stride=1)
+    return F.adaptive_avg_pool2d(means, grid).flatten(1) > 0
