@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from polyspect.detectors import detector_class
 from polyspect.detectors.contract import configure
-from polyspect.detectors.patchcore import PatchCore, PatchCoreConfig, join_stages
+from polyspect.detectors.patchcore import PatchCore, PatchCoreConfig
 from polyspect.errors import ConfigError, DataError, ModelFileError, NotFittedError
 from polyspect.samples import Batch, Features, Prediction
 
@@ -261,23 +261,6 @@ def test_config_presets_and_registry():
 
 
 # -- patches ---------------------------------------------------------------------------------------------------------
-
-
-def test_patches_are_3x3_means_on_the_finest_grid():
-    fine, coarse = torch.rand(1, 2, 4, 6), torch.rand(1, 3, 2, 3)
-    joined = join_stages([fine, coarse], None)
-    assert joined.shape == (1, 5, 4, 6)
-    assert_close(joined[0, 1, 2, 3], fine[0, 1, 1:4, 2:5].mean())
-    assert_close(joined[0, 1, 0, 0], fine[0, 1, :2, :2].mean())  # border cells average what they have
-    assert_close(join_stages([torch.ones_like(fine), torch.ones_like(coarse)], None), torch.ones(1, 5, 4, 6))
-
-
-def test_fixed_grid_drops_the_border_and_pools_as_published():
-    fine, coarse = torch.rand(1, 512, 28, 28), torch.rand(1, 16, 14, 14)
-    joined = join_stages([fine, coarse], 28)
-    assert joined.shape == (1, 528, 28, 28)
-    inner = torch.stack([fine[0, 7, i : i + 3, j : j + 3].mean() for i in range(26) for j in range(26)]).view(26, 26)
-    assert_close(joined[0, 7], F.adaptive_avg_pool2d(inner[None], 28)[0])
 
 
 def test_features_hold_one_grid_per_modality_and_the_masks(detector: PatchCore, parts: Batch):

@@ -13,10 +13,14 @@ def build_config(cls: type[Any], values: Mapping[str, Any]) -> Any:
     """An instance of the dataclass `cls` from plain values (as YAML gives them), checked field by field.
 
     Raises:
-        ConfigError: unknown field (names the nearest), or a value of the wrong type or out of range.
+        ConfigError: unknown field (names the nearest), one that follows from others, or a value of the wrong type or
+            out of range.
     """
     fields = {field.name for field in dataclasses.fields(cls)}
     for key in values:
+        if isinstance(derived := getattr(cls, key, None), property):
+            meaning = " ".join((derived.__doc__ or "").split()).rstrip(".")
+            raise ConfigError(f"`{key}` of {cls.__name__} is no setting, it follows from the others: {meaning}")
         if key not in fields:
             raise ConfigError(f"unknown setting '{key}' of {cls.__name__}: {nearest_names(key, fields)}")
     from jsonargparse import ArgumentError, ArgumentParser, Namespace

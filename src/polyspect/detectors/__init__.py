@@ -16,6 +16,7 @@ DETECTORS: dict[str, str] = {
     "mmrd": "polyspect.detectors.mmrd:MMRD",
     "reverse_distillation": "polyspect.detectors.reverse_distillation:ReverseDistillation",
     "forward_distillation": "polyspect.detectors.forward_distillation:ForwardDistillation",
+    "btf": "polyspect.detectors.btf:BTF",
 }
 
 

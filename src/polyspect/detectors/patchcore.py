@@ -31,9 +31,10 @@ from ..backbones.image import ImageBackbone
 from ..backbones.modalities import modality_features
 from ..errors import DataError
 from ..layers.maps import MapMoments, top_mean
-from ..layers.memory import MemoryBank, reweight
+from ..layers.memory import MemoryBank, Reweighting
+from ..layers.patches import counting_cells, join_stages, match_patches, worst_patch
 from ..layers.smoothing import smooth
-from ..samples import MODALITIES, Batch, Features, Prediction
+from ..samples import Batch, Features, Prediction, is_geometric
 from .contract import Detector, Observe, Stage, require, require_views
 
 _require = partial(require, "PatchCore")
@@ -58,7 +59,7 @@ class PatchCoreConfig:
     scale_fusion: Literal["none", "std"] = "none"  # concat: features as they are (BTF), or each modality over its std
     image_score: Literal["top_mean", "max_map", "reweighted"] = "top_mean"  # Eq. 4: of the map, or of the worst patch
     top_share: float = 0.01  # top_mean: share of the map's pixels, the largest ones, whose mean is the image score
-    reweight: Literal["btf", "patchcore", "none"] = "btf"  # w of the worst patch: without or with its match, or w = 1
+    reweight: Reweighting = "btf"  # w of the worst patch: without or with its match, or w = 1
     reweight_scaled: bool = True  # divide distances by sqrt(C) in w, as BTF's code; False: as PatchCore Eq. 7
     n_reweight: int = 3  # bank patches around the match that w looks at, the match included
     blur: Literal["gaussian", "pil", "none"] = "gaussian"  # of the maps; pil: the 8-bit blur of BTF's code
@@ -148,10 +149,21 @@ class PatchCore(Detector):
         maps, scores = [], []
         for name, bank in self.named_banks():
             patches, measured = self._patches(features, name)
-            distances, matches = _distances(bank, patches, measured)
+            distances, matches = match_patches(bank, patches, measured)  # Eq. 1
             large = F.interpolate(distances[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
             maps.append(smooth(large, self.config.blur, self.config.blur_sigma))
-            scores.append(self._worst(bank, patches, distances, matches, measured))
+            scores.append(
+                worst_patch(
+                    bank,
+                    patches,
+                    distances,
+                    matches,
+                    measured,
+                    form=self.config.reweight,
+                    scaled=self.config.reweight_scaled,
+                    n=self.config.n_reweight,
+                )
+            )
         branches = {name: bank.standardise(m) for (name, bank), m in zip(self.named_banks(), maps)}  # Eq. 2
         if len(maps) == 1:
             fused, score = maps[0], scores[0]
@@ -162,22 +174,6 @@ class PatchCore(Detector):
             share = self.config.top_share if self.config.image_score == "top_mean" else 0.0
             score = top_mean(fused, share)  # Eq. 4
         return Prediction(score=score, map=fused, branch_maps=branches)
-
-    # -- Eqs. 1 and 4 ------------------------------------------------------------------------------------------------
-
-    def _worst(self, bank: MemoryBank, patches: Tensor, distances: Tensor, matches: Tensor, measured: Tensor) -> Tensor:
-        """w d of each part's worst patch, (B,); the bank's mean distance for parts without a measured patch."""
-        B, C = len(patches), patches.shape[-1]
-        flat = torch.where(measured, distances, -1.0).flatten(1)
-        place = flat.argmax(1)  # B
-        row = torch.arange(B, device=place.device)
-        worst = distances.flatten(1)[row, place]
-        if self.config.reweight == "none":
-            return worst
-        match = matches.flatten(1)[row, place]
-        around = bank.around(patches.flatten(1, 2)[row, place], match, self.config.n_reweight)
-        weight = reweight(worst, around, C, self.config.reweight, scaled=self.config.reweight_scaled)
-        return torch.where(measured.flatten(1).any(1), weight * worst, worst)
 
     def _fuse(self, values: list[Tensor]) -> Tensor:
         stacked = torch.stack(values)
@@ -196,12 +192,9 @@ class PatchCore(Detector):
 
     def _measured(self, features: Features, names: Sequence[str], grid: Sequence[int]) -> Tensor:
         """Where patches count, (B, h, w): all, or those with a measured pixel, and one on the part."""
-        counts = torch.ones(len(features["valid"]), *grid, dtype=torch.bool, device=features["valid"].device)
-        if self.config.mask_invalid and any(name in MODALITIES and MODALITIES[name].geometric for name in names):
-            counts = counts & _any_pixel(features["valid"], grid)
-        if self.config.foreground_only:
-            counts = counts & _any_pixel(features["foreground"], grid)
-        return counts
+        geometric = any(is_geometric(name) for name in names)
+        measured = self.config.mask_invalid and geometric
+        return counting_cells(features, grid, measured=measured, on_part=self.config.foreground_only)
 
     # -- fitting -----------------------------------------------------------------------------------------------------
 
@@ -248,41 +241,3 @@ class PatchCore(Detector):
     def _set_levels(self) -> None:
         for _, bank in self.named_banks():
             bank.set_level()
-
-
-def join_stages(maps: Sequence[Tensor], grid: int | None) -> Tensor:
-    """Backbone stages as one grid of patches, each averaged over its 3 x 3 neighbours first (PatchCore Eqs. 1-3).
-
-    Args:
-        maps: (B, C_i, h_i, w_i), the finest first.
-        grid: None: every stage goes to the finest stage's grid, bilinearly, and border cells average the neighbours
-            they have. A number: border cells are dropped and the rest is pooled to grid x grid, as BTF's code does.
-
-    Returns:
-        (B, sum of C_i, h, w).
-    """
-    if grid is not None:
-        averaged = [F.avg_pool2d(m, 3, stride=1) if min(m.shape[-2:]) >= 3 else m for m in maps]
-        return torch.cat([F.adaptive_avg_pool2d(m, grid) for m in averaged], dim=1)
-    size = maps[0].shape[-2:]
-    averaged = [F.avg_pool2d(m, 3, stride=1, padding=1, count_include_pad=False) for m in maps]
-    return torch.cat(
-        [
-            m if m.shape[-2:] == size else F.interpolate(m, size=size, mode="bilinear", align_corners=False)
-            for m in averaged
-        ],
-        dim=1,
-    )
-
-
-def _distances(bank: MemoryBank, patches: Tensor, measured: Tensor) -> tuple[Tensor, Tensor]:
-    """Eq. 1: distance and matching bank row, both (B, h, w); the bank's mean distance and row 0 where not measured."""
-    distances = bank.mean.to(patches).expand(measured.shape).clone()
-    matches = torch.zeros(measured.shape, dtype=torch.int64, device=patches.device)
-    distances[measured], matches[measured] = bank.distance(patches[measured])
-    return distances, matches
-
-
-def _any_pixel(mask: Tensor, grid: Sequence[int]) -> Tensor:
-    """(B, h, w) bool: whether a cell of the grid has a True pixel of `mask` (B, H, W)."""
-    return F.adaptive_max_pool2d(mask[:, None].float(), tuple(grid))[:, 0] > 0

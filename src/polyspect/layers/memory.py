@@ -27,6 +27,8 @@ __all__ = ["MemoryBank", "greedy_coreset", "nearest", "reweight", "sparse_random
 
 log = logging.getLogger("polyspect")
 
+Reweighting = Literal["btf", "patchcore", "none"]  # form of w in Eq. 2; "none": w = 1
+
 FEW = 64  # unsure queries that are worth comparing with more candidates; for more, float64 at once costs less
 
 
