@@ -27,10 +27,11 @@ __all__ = ["MemoryBank", "greedy_coreset", "nearest", "reweight", "sparse_random
 
 log = logging.getLogger("polyspect")
 
+STRIPES = 32  # that the columns of a product are split into to find its smallest entries
 FEW = 64  # unsure queries that are worth comparing with more candidates; for more, float64 at once costs less
 
 
-def nearest(queries: Tensor, bank: Tensor, k: int = 1, *, block: int = 1 << 24) -> tuple[Tensor, Tensor]:
+def nearest(queries: Tensor, bank: Tensor, k: int = 1, *, block: int = 1 << 22) -> tuple[Tensor, Tensor]:
     """The `k` rows of `bank` (K, D) nearest to each row of `queries` (Q, D), exactly, nearest first (Eq. 1).
 
     One matrix product finds the candidates; their distances are then taken from direct differences in float64, so equal
@@ -55,40 +56,72 @@ def nearest(queries: Tensor, bank: Tensor, k: int = 1, *, block: int = 1 << 24) 
         return distances.to(queries.device), indices.to(queries.device)
     if not 1 <= k <= K:
         raise ConfigError(f"{k} nearest neighbours were asked for, but the bank has {K} vectors")
-    centre = bank.mean(0)  # near the data, distances of the product form lose little to cancellation
-    shifted = bank - centre
-    norm = shifted.square().sum(1)  # K
-    found = [_nearest_block(rows, bank, centre, shifted, norm, k) for rows in queries.split(max(1, block // K))]
+    queries, bank = queries.detach(), bank.detach()
+    side = _Side(bank)
+    parts = queries.split(max(1, block // K))
+    buffer = queries.new_empty(max(map(len, parts)), len(side.norm))
+    found = [_nearest_block(rows, side, k, buffer[: len(rows)]) for rows in parts]
     return torch.cat([d for d, _ in found]), torch.cat([i for _, i in found])
 
 
-def _nearest_block(
-    queries: Tensor, bank: Tensor, centre: Tensor, shifted: Tensor, norm: Tensor, k: int
-) -> tuple[Tensor, Tensor]:
-    """`nearest` for as many queries as fit at once; `shifted` is the bank minus `centre`, `norm` its squared length."""
-    moved = queries - centre
-    product = torch.addmm(norm, moved, shifted.T, alpha=-2)  # Q K, squared distance less |q|^2
+class _Side:
+    """The bank's side of the matrix product of `nearest`."""
+
+    def __init__(self, bank: Tensor) -> None:
+        K, self.bank = len(bank), bank
+        self.centre = bank.mean(0)  # near the data, distances of the product form lose little to cancellation
+        self.shifted = bank.new_zeros(K + -K % STRIPES, bank.shape[1])  # K' D, rows beyond K are padding
+        torch.sub(bank, self.centre, out=self.shifted[:K])
+        length = torch.linalg.vector_norm(self.shifted, dim=1)
+        self.radius, self.norm = length.max(), length.square()  # K'
+        self.norm[K:] = torch.inf
+
+
+def _nearest_block(queries: Tensor, side: _Side, k: int, product: Tensor) -> tuple[Tensor, Tensor]:
+    """`nearest` for as many queries as fit at once; `product` (Q, K') is overwritten."""
+    bank, K = side.bank, len(side.bank)
+    moved = queries - side.centre
+    torch.addmm(side.norm, moved, side.shifted.T, alpha=-2, out=product)  # squared distances less |q|^2
     # |error of an entry| <= slack / 2, so a row left out can only be nearer if its gap to the candidates is small
-    slack = 2 * _roundoff(queries) * (queries.shape[1] + 8) * (moved.norm(dim=1) + norm.max().sqrt()).square()
+    slack = 2 * _roundoff(queries) * (queries.shape[1] + 8) * (moved.norm(dim=1) + side.radius).square()
     distances = torch.empty(len(queries), k, dtype=queries.dtype, device=queries.device)
     indices = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
     unsure = torch.arange(len(queries), device=queries.device)
-    for count in (min(k + 4, len(bank)), min(k + 60, len(bank))):
-        values, candidates = (product if count <= k + 4 else product[unsure]).topk(count, largest=False)
-        distances[unsure], indices[unsure] = _rank(queries[unsure], bank, candidates, k)
-        if count == len(bank):
+    for count in (k, k + 4, k + 60):
+        values, candidates = _smallest(product if count == k else product[unsure], min(count + 1, K), K)
+        distances[unsure], indices[unsure] = _rank(queries[unsure], bank, candidates[:, :count], k)
+        if count >= K:
             return distances, indices
-        unsure = unsure[~(values[:, -1] - values[:, k - 1] > slack[unsure])]
+        unsure = unsure[~(values[:, count] - values[:, k - 1] > slack[unsure])]
         if len(unsure) == 0:
             return distances, indices
-        if len(unsure) > FEW:
+        if count > k and len(unsure) > FEW:
             break
     for rows in unsure.split(max(1, len(queries) // 2)):  # float64 entries are twice as large
-        wide = (bank.double() - centre).T  # D K
-        product64 = torch.addmm(wide.square().sum(0), queries[rows].double() - centre, wide, alpha=-2)
-        candidates = product64.topk(min(k + 4, len(bank)), largest=False).indices
+        wide = (bank.double() - side.centre).T  # D K
+        product64 = torch.addmm(wide.square().sum(0), queries[rows].double() - side.centre, wide, alpha=-2)
+        candidates = product64.topk(min(k + 4, K), largest=False).indices
         distances[rows], indices[rows] = _rank(queries[rows], bank, candidates, k)
     return distances, indices
+
+
+def _smallest(values: Tensor, count: int, real: int) -> tuple[Tensor, Tensor]:
+    """The `count` smallest of each row of `values` (Q, K'), ascending, and their columns, below `real`.
+
+    The columns lie in stripes; the smallest entries lie where the minima over the stripes are smallest. So one cheap
+    pass and two short selections do the work of a long one.
+    """
+    Q, columns = values.shape
+    width = columns // STRIPES
+    if width <= 2 * count:
+        smallest, found = values.topk(count, largest=False)
+    else:
+        stripes = values.view(Q, STRIPES, width)
+        places = stripes.amin(1).topk(count, largest=False).indices  # Q count
+        entries = stripes.gather(2, places[:, None].expand(-1, STRIPES, -1))  # Q STRIPES count
+        smallest, order = entries.flatten(1).topk(count, largest=False)
+        found = order.div(count, rounding_mode="floor") * width + places.gather(1, order % count)
+    return smallest, found.clamp_(max=real - 1)  # a NaN can point into the padding
 
 
 def _rank(queries: Tensor, bank: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
