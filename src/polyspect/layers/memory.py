@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable
 from typing import ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +21,7 @@ from ..errors import ConfigError, DataError, NotFittedError
 from ..samples import check_shapes
 from .coreset import ROWS, greedy_coreset, sparse_random_projection
 from .maps import MapMoments
+from .reservoir import Reservoir
 
 __all__ = ["MemoryBank", "greedy_coreset", "nearest", "reweight", "sparse_random_projection"]
 
@@ -29,10 +29,11 @@ log = logging.getLogger("polyspect")
 
 Reweighting = Literal["btf", "patchcore", "none"]  # form of w in Eq. 2; "none": w = 1
 
+STRIPES = 32  # that the columns of a product are split into to find its smallest entries
 FEW = 64  # unsure queries that are worth comparing with more candidates; for more, float64 at once costs less
 
 
-def nearest(queries: Tensor, bank: Tensor, k: int = 1, *, block: int = 1 << 24) -> tuple[Tensor, Tensor]:
+def nearest(queries: Tensor, bank: Tensor, k: int = 1, *, block: int = 1 << 22) -> tuple[Tensor, Tensor]:
     """The `k` rows of `bank` (K, D) nearest to each row of `queries` (Q, D), exactly, nearest first (Eq. 1).
 
     One matrix product finds the candidates; their distances are then taken from direct differences in float64, so equal
@@ -57,40 +58,72 @@ def nearest(queries: Tensor, bank: Tensor, k: int = 1, *, block: int = 1 << 24) 
         return distances.to(queries.device), indices.to(queries.device)
     if not 1 <= k <= K:
         raise ConfigError(f"{k} nearest neighbours were asked for, but the bank has {K} vectors")
-    centre = bank.mean(0)  # near the data, distances of the product form lose little to cancellation
-    shifted = bank - centre
-    norm = shifted.square().sum(1)  # K
-    found = [_nearest_block(rows, bank, centre, shifted, norm, k) for rows in queries.split(max(1, block // K))]
+    queries, bank = queries.detach(), bank.detach()
+    side = _Side(bank)
+    parts = queries.split(max(1, block // K))
+    buffer = queries.new_empty(max(map(len, parts)), len(side.norm))
+    found = [_nearest_block(rows, side, k, buffer[: len(rows)]) for rows in parts]
     return torch.cat([d for d, _ in found]), torch.cat([i for _, i in found])
 
 
-def _nearest_block(
-    queries: Tensor, bank: Tensor, centre: Tensor, shifted: Tensor, norm: Tensor, k: int
-) -> tuple[Tensor, Tensor]:
-    """`nearest` for as many queries as fit at once; `shifted` is the bank minus `centre`, `norm` its squared length."""
-    moved = queries - centre
-    product = torch.addmm(norm, moved, shifted.T, alpha=-2)  # Q K, squared distance less |q|^2
+class _Side:
+    """The bank's side of the matrix product of `nearest`."""
+
+    def __init__(self, bank: Tensor) -> None:
+        K, self.bank = len(bank), bank
+        self.centre = bank.mean(0)  # near the data, distances of the product form lose little to cancellation
+        self.shifted = bank.new_zeros(K + -K % STRIPES, bank.shape[1])  # K' D, rows beyond K are padding
+        torch.sub(bank, self.centre, out=self.shifted[:K])
+        length = torch.linalg.vector_norm(self.shifted, dim=1)
+        self.radius, self.norm = length.max(), length.square()  # K'
+        self.norm[K:] = torch.inf
+
+
+def _nearest_block(queries: Tensor, side: _Side, k: int, product: Tensor) -> tuple[Tensor, Tensor]:
+    """`nearest` for as many queries as fit at once; `product` (Q, K') is overwritten."""
+    bank, K = side.bank, len(side.bank)
+    moved = queries - side.centre
+    torch.addmm(side.norm, moved, side.shifted.T, alpha=-2, out=product)  # squared distances less |q|^2
     # |error of an entry| <= slack / 2, so a row left out can only be nearer if its gap to the candidates is small
-    slack = 2 * _roundoff(queries) * (queries.shape[1] + 8) * (moved.norm(dim=1) + norm.max().sqrt()).square()
+    slack = 2 * _roundoff(queries) * (queries.shape[1] + 8) * (moved.norm(dim=1) + side.radius).square()
     distances = torch.empty(len(queries), k, dtype=queries.dtype, device=queries.device)
     indices = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
     unsure = torch.arange(len(queries), device=queries.device)
-    for count in (min(k + 4, len(bank)), min(k + 60, len(bank))):
-        values, candidates = (product if count <= k + 4 else product[unsure]).topk(count, largest=False)
-        distances[unsure], indices[unsure] = _rank(queries[unsure], bank, candidates, k)
-        if count == len(bank):
+    for count in (k, k + 4, k + 60):
+        values, candidates = _smallest(product if count == k else product[unsure], min(count + 1, K), K)
+        distances[unsure], indices[unsure] = _rank(queries[unsure], bank, candidates[:, :count], k)
+        if count >= K:
             return distances, indices
-        unsure = unsure[~(values[:, -1] - values[:, k - 1] > slack[unsure])]
+        unsure = unsure[~(values[:, count] - values[:, k - 1] > slack[unsure])]
         if len(unsure) == 0:
             return distances, indices
-        if len(unsure) > FEW:
+        if count > k and len(unsure) > FEW:
             break
     for rows in unsure.split(max(1, len(queries) // 2)):  # float64 entries are twice as large
-        wide = (bank.double() - centre).T  # D K
-        product64 = torch.addmm(wide.square().sum(0), queries[rows].double() - centre, wide, alpha=-2)
-        candidates = product64.topk(min(k + 4, len(bank)), largest=False).indices
+        wide = (bank.double() - side.centre).T  # D K
+        product64 = torch.addmm(wide.square().sum(0), queries[rows].double() - side.centre, wide, alpha=-2)
+        candidates = product64.topk(min(k + 4, K), largest=False).indices
         distances[rows], indices[rows] = _rank(queries[rows], bank, candidates, k)
     return distances, indices
+
+
+def _smallest(values: Tensor, count: int, real: int) -> tuple[Tensor, Tensor]:
+    """The `count` smallest of each row of `values` (Q, K'), ascending, and their columns, below `real`.
+
+    The columns lie in stripes; the smallest entries lie where the minima over the stripes are smallest. So one cheap
+    pass and two short selections do the work of a long one.
+    """
+    Q, columns = values.shape
+    width = columns // STRIPES
+    if width <= 2 * count:
+        smallest, found = values.topk(count, largest=False)
+    else:
+        stripes = values.view(Q, STRIPES, width)
+        places = stripes.amin(1).topk(count, largest=False).indices  # Q count
+        entries = stripes.gather(2, places[:, None].expand(-1, STRIPES, -1))  # Q STRIPES count
+        smallest, order = entries.flatten(1).topk(count, largest=False)
+        found = order.div(count, rounding_mode="floor") * width + places.gather(1, order % count)
+    return smallest, found.clamp_(max=real - 1)  # a NaN can point into the padding
 
 
 def _rank(queries: Tensor, bank: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -178,7 +211,7 @@ class MemoryBank(nn.Module):
         self.register_buffer("counts", torch.zeros(2, dtype=torch.int64))
         self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
         self.register_buffer("std", torch.ones((), dtype=torch.float64))
-        self._pool = _Reservoir(max_bytes, seed)
+        self._pool = Reservoir(max_bytes, seed)
         self._moments = MapMoments()
 
     def add(self, patches: Tensor) -> None:
@@ -193,7 +226,7 @@ class MemoryBank(nn.Module):
             DataError: nothing was added, or something that is not a finite number.
         """
         seen, pool = self._pool.seen, self._pool.take()
-        self._pool = _Reservoir(self.max_bytes, self.seed)
+        self._pool = Reservoir(self.max_bytes, self.seed)
         if len(pool) == 0:
             raise DataError(
                 f"memory bank '{self.name}' got no patch: no training part has a measured patch for it; check the "
@@ -263,50 +296,3 @@ class MemoryBank(nn.Module):
     def standardise(self, distances: Tensor) -> Tensor:
         """Distances in standard deviations above the mean of held-out good patches."""
         return (distances - self.mean.to(distances)) / self.std.to(distances)
-
-
-class _Reservoir:
-    """A uniform random sample of rows that come in any number, of bounded size (Vitter's algorithm R)."""
-
-    def __init__(self, max_bytes: int, seed: int) -> None:
-        self.seen = 0
-        self._max_bytes, self._generator = max_bytes, np.random.default_rng(seed)
-        self._parts: list[Tensor] = []  # what came in until the limit was met
-        self._full: Tensor | None = None  # (capacity, D), from then on
-
-    def add(self, rows: Tensor) -> None:
-        """Take in rows (n, D); the outcome does not depend on how they are batched."""
-        capacity = max(1, self._max_bytes // (4 * rows.shape[1]))
-        fitting = max(0, min(len(rows), capacity - self.seen))
-        if fitting:
-            self._parts.append(rows[:fitting].clone())
-        self.seen += fitting
-        rest = rows[fitting:]
-        if len(rest) == 0:
-            return
-        full = self._gather()
-        order = np.arange(self.seen + 1, self.seen + 1 + len(rest))  # how many rows there are with each new one
-        slots = (self._generator.random(len(rest)) * order).astype(np.int64)
-        last = {int(slot): row for row, slot in enumerate(slots) if slot < capacity}  # a later row replaces an earlier
-        full[list(last)] = rest[list(last.values())]
-        self.seen += len(rest)
-
-    def take(self) -> Tensor:
-        """The sample, (n, D)."""
-        return self._gather() if self._parts or self._full is not None else torch.empty(0, 0)
-
-    def _gather(self) -> Tensor:
-        if self._full is None:
-            self._full = _join(self._parts)
-        return self._full
-
-
-def _join(parts: list[Tensor]) -> Tensor:
-    """Concatenate and empty `parts`, releasing each as it is copied, so that memory does not double."""
-    joined = torch.empty(sum(map(len, parts)), parts[0].shape[1])
-    end = len(joined)
-    while parts:
-        part = parts.pop()
-        joined[end - len(part) : end] = part
-        end -= len(part)
-    return joined
