@@ -3,9 +3,9 @@
     points ──farthest points──▶ G centres ──nearest M──▶ groups ──point transformer──▶ h (G, C)
     pixels ──three nearest centres──▶ near (H*W, 3) and share (H*W, 3), the weights of inverse-distance interpolation
 
-What is returned is that: the groups' features, and for every pixel which groups it listens to and how much. The
-per-pixel features sum_i share_i h_near_i, up to 1152 x H x W numbers, are never built: interpolation and pooling are one
-sparse product (`patch_features`), so a part takes 5 MB instead of 230.
+What is returned is that: the groups' features, and for every pixel which groups it listens to and how much. Features
+per pixel, sum_i share_i h_near_i, up to 1152 x H x W numbers, are never built: interpolation and pooling are one sparse
+product (`patch_features`), so a part takes 5 MB instead of 230.
 
 "Multimodal Industrial Anomaly Detection via Hybrid Fusion" (M3DM), Sec. 3.2, point feature alignment; three centres and
 squared distances as its released program has them.
@@ -18,7 +18,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..errors import ConfigError, DataError
 from ..geometry.interpolation import LinearMap, interpolation_weights, pool_pixels
@@ -87,7 +86,8 @@ class PointBackbone(nn.Module):
             raise ConfigError(f"`groups` of the point backbone must be in 1..{_MOST_GROUPS}, got {groups}")
         if group_size < 1 or neighbours < 1:
             raise ConfigError(
-                f"`group_size` and `neighbours` of the point backbone must be at least 1, got {group_size}, {neighbours}"
+                f"`group_size` and `neighbours` of the point backbone must be at least 1, got {group_size} and "
+                f"{neighbours}"
             )
         loaded = load_point_transformer(
             name, layers=layers, weights=weights, pretrained=pretrained, seed=seed, statistics=statistics

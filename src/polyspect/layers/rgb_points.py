@@ -1,8 +1,8 @@
 """RGB and point features of registered parts: the two frozen extractors that M3DM, CMDIAD and CFM share.
 
-An image backbone sees RGB, a point transformer sees the cloud. What they return is kept as small as it can be stored:
-the image's own feature grid, and the features of point groups with the weights that lead from them to pixels. Patches on
-any grid are made from that when they are needed, by one sparse product (points) and one resize (RGB).
+An image backbone sees RGB, a point transformer sees the cloud. What they return is stored small: the image's own
+feature grid, and the features of point groups with the weights that lead from them to pixels. Patches on any grid are
+made from that when they are needed, by one sparse product (points) and one resize (RGB).
 """
 
 from __future__ import annotations
@@ -66,9 +66,7 @@ class RGBPoints(nn.Module):
         return (stages[0] if len(stages) == 1 else join_stages(stages, None)).float()
 
 
-def image_backbone(
-    name: str, reductions: Sequence[int], weights: str, pretrained: bool, seed: int
-) -> ImageBackbone:
+def image_backbone(name: str, reductions: Sequence[int], weights: str, pretrained: bool, seed: int) -> ImageBackbone:
     """The image backbone of these methods; of a plain vision transformer the normed tokens, as they use DINO."""
     return ImageBackbone(
         name, reductions=reductions, weights=weights, pretrained=pretrained, seed=seed, final_norm=is_plain_vit(name)
@@ -76,7 +74,7 @@ def image_backbone(
 
 
 def is_plain_vit(name: str) -> bool:
-    """Whether timm calls this backbone a plain vision transformer (``vit_...``), whose final norm these methods keep."""
+    """Whether this is one of timm's plain vision transformers (``vit_...``), whose final norm these methods keep."""
     return name.partition(".")[0].startswith("vit_")
 
 
