@@ -122,6 +122,14 @@ class Detector(nn.Module):
         """The modalities that a batch must carry."""
         return tuple(self.config.modalities)
 
+    def modality_of(self, feature: str) -> str:
+        """The modality that a feature of `extract` comes from, by its name; ``""`` for none or several.
+
+        By default what stands before the first dot: ``"rgb.patches"`` comes from ``"rgb"``.
+        """
+        name = feature.partition(".")[0]
+        return name if name in self.modalities else ""
+
     def forward(self, batch: Batch) -> Prediction:
         """`score(extract(batch))` of a fitted detector.
 

@@ -96,11 +96,35 @@ def rgb_patches(features: Features, grid: Grid, how: Resize = "pool") -> Tensor:
     return x.flatten(2).mT
 
 
-def point_patches(features: Features, grid: Grid, window: int = 3) -> Tensor:
+def point_patches(features: Features, grid: Grid, window: int = 3, name: str = "xyz") -> Tensor:
     """Point patches (B, h*w, C), row-major; exactly zero where a patch's window holds no point."""
     size = (int(features["valid"].shape[-2]), int(features["valid"].shape[-1]))
-    own = {name: features[f"xyz.{name}"] for name in ("groups", "near", "share")}
+    own = {key: features[f"{name}.{key}"] for key in ("groups", "near", "share")}
     return patch_features(own, size, grid, window=window)
+
+
+def point_grid(features: Features, grid: Grid, name: str = "xyz") -> Tensor:
+    """`point_patches` as a map (B, C, h, w)."""
+    return point_patches(features, grid, name=name).mT.unflatten(2, grid)
+
+
+def groups_on_grid(grid: Tensor, counted: Tensor, neighbours: int = 3) -> dict[str, Tensor]:
+    """A map (B, C, h, w) in the form of `PointBackbone`'s features: one group per cell, near the pixels in it.
+
+    Args:
+        grid: Features, for instance hallucinated ones.
+        counted: (B, H, W) bool, pixels that listen to their cell; the others have share 0.
+        neighbours: Slots per pixel; only the first is used.
+    """
+    (h, w), (B, H, W) = grid.shape[-2:], counted.shape
+    row = torch.arange(H, device=grid.device) * h // H
+    column = torch.arange(W, device=grid.device) * w // W
+    cell = (row[:, None] * w + column).flatten()  # H*W
+    near = torch.zeros(B, H * W, neighbours, dtype=torch.int16, device=grid.device)
+    share = torch.zeros(B, H * W, neighbours, device=grid.device)
+    near[..., 0] = cell.to(torch.int16)
+    share[..., 0] = counted.flatten(1).float()
+    return {"groups": grid.flatten(2).mT.contiguous(), "near": near, "share": share}
 
 
 def measured_patches(features: Features, grid: Grid, window: int = 3) -> Tensor:

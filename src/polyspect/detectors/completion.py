@@ -1,0 +1,300 @@
+"""Any fitted detector, made to serve parts that lack a modality: what is missing is hallucinated from what is there.
+
+After Sui et al., "Incomplete multimodal industrial anomaly detection via cross-modal distillation" (CMDIAD, Information
+Fusion 2025), Sec. 3.2 (F2F), which does it for two memory banks. Here the detector is whatever was fitted before: it
+stays as it is, and for every ordered pair of its modalities a -> b and every feature map R of b one network learns
+
+    H_p = MLP(LN(x_p)),   x: all feature maps of a, joined on the grid of R                              (1)
+    L   = sum over pairs and maps of  mean_p |H_p - R_p| / mean_p |R_p|                                  (2)  l2
+
+from good parts that have everything. (CMDIAD sums over positions; the mean, relative to the size of R, lets maps of any
+scale learn at one rate.) A part that lacks b gets the mean of H over the modalities it has, and is then scored as
+usual. Features of point groups have no grid of their own; they are hallucinated as one group per cell of a grid.
+
+A part without any 3D view has no measured pixels to tell: it counts as valid everywhere, as its reader says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import combinations
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import ConfigError, DataError, NotFittedError
+from ..layers.hallucination import OutputActivation, PatchHallucination
+from ..layers.rgb_points import groups_on_grid, point_grid
+from ..samples import MODALITIES, Batch, Features, Prediction, is_geometric
+from .contract import Detector, Optimise, Stage, evaluating, require, seeded
+
+_require = partial(require, "completion")
+_PROBE = 128  # pixels, side of the empty part that shows the features' names and channels
+_FREE = ("valid", "foreground")  # features that belong to no modality
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionConfig:
+    """Settings of `Completion`; CMDIAD's for F2F where it has them."""
+
+    epochs: int = 50  # passes over the good parts; CMDIAD 100 over all categories at once, 65 or 50 of them used
+    batch_size: int = 8  # parts per step
+    learning_rate: float = 5e-4  # of Adam, CMDIAD Sec. 4.2
+    warmup_epochs: int = 5  # over which the learning rate rises linearly, then it stays; CMDIAD 10 of 100
+    output_activation: OutputActivation = "none"  # CMDIAD's program: gelu, which cannot reach negative features
+    patches: int | None = 512  # positions of each map that a step looks at, drawn anew; None: all
+    cell: int = 8  # pixels per cell of the grid on which features of point groups are hallucinated
+    seed: int = 0  # of the networks' first weights
+
+    def __post_init__(self) -> None:
+        for field in ("epochs", "batch_size", "cell"):
+            _require(getattr(self, field) >= 1, field, "at least 1", getattr(self, field))
+        _require(self.learning_rate > 0, "learning_rate", "above 0", self.learning_rate)
+        _require(self.warmup_epochs >= 0, "warmup_epochs", "0 or more", self.warmup_epochs)
+        _require(self.patches is None or self.patches >= 1, "patches", "at least 1, or null", self.patches)
+        activations = ("gelu", "none")
+        _require(self.output_activation in activations, "output_activation", "gelu or none", self.output_activation)
+
+
+class Completion(Detector):
+    """A fitted detector that takes parts with any of its modalities, at least one.
+
+    Features are the inner detector's; those of a missing modality are absent, and `score` fills them in.
+
+    Attributes:
+        inner: The fitted detector, which is never changed.
+    """
+
+    Config = CompletionConfig
+    PRESETS = {"paper": {}, "fast": {"epochs": 20, "warmup_epochs": 2}}
+    frozen = ("inner",)
+
+    def __init__(self, inner: Detector, config: CompletionConfig | None = None) -> None:
+        """Build the networks around `inner`.
+
+        Raises:
+            ConfigError: `inner` has one modality only, or features that belong to none of them.
+        """
+        super().__init__(config or CompletionConfig())
+        if len(inner.modalities) < 2:
+            raise ConfigError(
+                f"{type(inner).__name__} on {', '.join(inner.modalities)} has no second modality to do without"
+            )
+        self.inner = inner
+        self._channels = self._probe()
+        with seeded(self.config.seed):
+            self.networks = nn.ModuleDict(
+                {
+                    f"{a}_to_{b}": nn.ModuleList(
+                        PatchHallucination(
+                            sum(self._channels[a].values()), channels, output_activation=self.config.output_activation
+                        )
+                        for channels in self._channels[b].values()
+                    )
+                    for a in inner.modalities
+                    for b in inner.modalities
+                    if a != b
+                }
+            )
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """The inner detector's: what fitting needs, and a part may have."""
+        return self.inner.modalities
+
+    @property
+    def choices(self) -> list[tuple[str, ...]]:
+        """The sets of modalities that a part may have: all of them first, then fewer."""
+        names = self.inner.modalities
+        return [chosen for count in range(len(names), 0, -1) for chosen in combinations(names, count)]
+
+    def check_batch(self, batch: Batch) -> None:
+        """Check that there is a modality at all.
+
+        Raises:
+            DataError: there is none.
+        """
+        if not self.present(batch):
+            raise DataError(
+                f"part '{batch.ids[0]}' has none of {', '.join(self.modalities)}; it has "
+                f"{', '.join(batch.images) or 'nothing'}"
+            )
+
+    def present(self, batch: Batch) -> tuple[str, ...]:
+        """The modalities of `batch` that the detector uses."""
+        return tuple(name for name in self.inner.modalities if name in batch.images)
+
+    def extract(self, batch: Batch) -> Features:
+        """The inner detector's features of the modalities that are there."""
+        missing = [name for name in self.inner.modalities if name not in batch.images]
+        if not missing:
+            return self.inner.extract(batch)
+        features = self.inner.extract(_with_blanks(batch, missing))
+        kept = {key: x for key, x in features.items() if self.inner.modality_of(key) not in missing}
+        return {**kept, "valid": batch.valid, "foreground": batch.foreground}
+
+    def extractor_key(self) -> str:
+        """The inner detector's: complete parts have the same features."""
+        return self.inner.extractor_key()
+
+    def stages(self) -> Sequence[Stage]:
+        """Train all networks together."""
+        c = self.config
+        warm = max(c.warmup_epochs, 1)
+        return [
+            Optimise(
+                name="hallucination",
+                parameters=self.networks.parameters,
+                loss=self.loss,
+                optimizer=partial(torch.optim.Adam, lr=c.learning_rate),
+                epochs=c.epochs,
+                batch_size=c.batch_size,
+                schedule=lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda e: min(1.0, (e + 1) / warm)),
+            )
+        ]
+
+    def loss(self, features: Features) -> dict[str, Tensor]:
+        """Eq. 2, one scalar per ordered pair of modalities."""
+        grids = {name: self._grids(features, name) for name in self.inner.modalities}
+        terms = {}
+        for pair, networks in self.networks.items():
+            a, _, b = pair.partition("_to_")
+            total: Tensor = features["valid"].new_zeros((), dtype=torch.float32)
+            for network, target in zip(cast(nn.ModuleList, networks), grids[b].values(), strict=True):
+                x, r = _patches(_joined(grids[a], target)), _patches(target)  # B P C
+                if self.config.patches is not None and self.config.patches < x.shape[1]:
+                    index = torch.randperm(x.shape[1], device=x.device)[: self.config.patches]
+                    x, r = x[:, index], r[:, index]
+                size = r.norm(dim=-1).mean().clamp(min=1e-12)
+                total = total + (network(x) - r).norm(dim=-1).mean() / size
+            terms[pair] = total
+        return terms
+
+    def score(self, features: Features) -> Prediction:
+        """The inner detector's answer, its missing features filled in (Eq. 1).
+
+        Raises:
+            NotFittedError: something is missing and the networks were not trained.
+        """
+        with evaluating(self.networks):
+            return self.inner.score(self.complete(features))
+
+    def complete(self, features: Features) -> Features:
+        """`features` with those of the missing modalities hallucinated."""
+        there = {self.inner.modality_of(key) for key in features}
+        missing = [name for name in self.inner.modalities if name not in there]
+        if not missing:
+            return features
+        if not bool(self.fitted):
+            raise NotFittedError("nothing was learned yet that could stand in for a missing modality")
+        grids = {name: self._grids(features, name) for name in self.inner.modalities if name in there}
+        filled = dict(features)
+        for b in missing:
+            filled |= self._hallucinated(features, grids, b)
+        return filled
+
+    def _hallucinated(self, features: Features, grids: Mapping[str, Mapping[str, Tensor]], b: str) -> dict[str, Tensor]:
+        """The features of modality `b`, each the mean over the modalities that are there."""
+        H, W = features["valid"].shape[-2:]
+        made = {}
+        for index, (key, (channels, reduction)) in enumerate(self._shapes[b].items()):
+            h, w = -(-H // reduction), -(-W // reduction)
+            votes = []
+            for a, own in grids.items():
+                like = next(iter(own.values())).new_zeros(1, channels, h, w)
+                network = cast(nn.ModuleList, self.networks[f"{a}_to_{b}"])[index]
+                votes.append(network(_patches(_joined(own, like))))  # B P C
+            grid = torch.stack(votes).mean(0).mT.unflatten(2, (h, w))  # B C h w
+            if key == f"{b}.groups":
+                counted = features["valid"] & features["foreground"]
+                made |= {f"{b}.{name}": x for name, x in groups_on_grid(grid, counted).items()}
+            else:
+                made[key] = grid
+        return made
+
+    # -- features as grids ---------------------------------------------------------------------------------------------
+
+    def _grids(self, features: Features, name: str) -> dict[str, Tensor]:
+        """The feature maps (B, C, h, w) of modality `name` by key; features of point groups on a grid of cells."""
+        own = {key: x for key, x in features.items() if self.inner.modality_of(key) == name}
+        if f"{name}.near" in own:
+            H, W = features["valid"].shape[-2:]
+            grid = (-(-H // self.config.cell), -(-W // self.config.cell))
+            return {f"{name}.groups": point_grid(features, grid, name).float()}
+        return {key: x.float() for key, x in own.items()}
+
+    def _probe(self) -> dict[str, dict[str, int]]:
+        """Modality -> name -> channels of its feature maps, from an empty part; sets their reductions too.
+
+        Raises:
+            ConfigError: a feature belongs to no modality, or is no map.
+        """
+        nothing = torch.zeros(1, _PROBE, _PROBE, dtype=torch.bool)
+        blank = _with_blanks(Batch(("probe",), {}, nothing, nothing), self.inner.modalities)
+        with evaluating(self.inner), torch.no_grad():
+            features = self.inner.extract(blank)
+        channels: dict[str, dict[str, int]] = {}
+        self._shapes: dict[str, dict[str, tuple[int, int]]] = {}  # key -> channels, pixels per cell
+        for key in features:
+            if key not in _FREE and self.inner.modality_of(key) not in self.inner.modalities:
+                raise ConfigError(
+                    f"{type(self.inner).__name__} joins its modalities before it keeps their features ('{key}'): a "
+                    f"missing one cannot be filled in"
+                )
+        for name in self.inner.modalities:
+            grids = self._grids(features, name)
+            if not grids or any(grid.ndim != 4 for grid in grids.values()):
+                raise ConfigError(f"the features of '{name}' in {type(self.inner).__name__} are no maps (B, C, h, w)")
+            channels[name] = {key: grid.shape[1] for key, grid in grids.items()}
+            self._shapes[name] = {
+                key: (grid.shape[1], max(1, round(_PROBE / grid.shape[-1]))) for key, grid in grids.items()
+            }
+        return channels
+
+
+def without(batch: Batch, keep: Sequence[str]) -> Batch:
+    """The batch as it would be had its parts come with the modalities in `keep` only.
+
+    Without any geometric view nothing tells where the part is: valid and foreground are True everywhere.
+    """
+    images = {name: image for name, image in batch.images.items() if name in keep}
+    if any(is_geometric(name) for name in images):
+        return replace(batch, images=images)
+    everywhere = torch.ones_like(batch.valid)
+    return replace(batch, images=images, valid=everywhere, foreground=everywhere)
+
+
+def _with_blanks(batch: Batch, missing: Sequence[str]) -> Batch:
+    """The batch with zero images for what is missing; where no geometric view is left, nothing is valid."""
+    B, H, W = batch.valid.shape
+    blanks = {
+        name: torch.zeros(B, MODALITIES[name].channels if name in MODALITIES else 3, H, W, device=batch.valid.device)
+        for name in missing
+    }
+    if any(is_geometric(name) for name in batch.images):
+        return replace(batch, images={**batch.images, **blanks})
+    nothing = torch.zeros_like(batch.valid)
+    return replace(batch, images={**batch.images, **blanks}, valid=nothing)
+
+
+def _joined(grids: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    """All maps of a modality on the grid of `like`, joined: (B, sum of C_i, h, w)."""
+    size = like.shape[-2:]
+    return torch.cat([_resized(x, (size[0], size[1])) for x in grids.values()], dim=1)
+
+
+def _resized(x: Tensor, size: tuple[int, int]) -> Tensor:
+    if x.shape[-2:] == torch.Size(size):
+        return x
+    if x.shape[-2] >= size[0] and x.shape[-1] >= size[1]:
+        return F.adaptive_avg_pool2d(x, size)
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+
+
+def _patches(grid: Tensor) -> Tensor:
+    """(B, C, h, w) as (B, h*w, C)."""
+    return grid.flatten(2).mT
