@@ -12,11 +12,11 @@ Horwitz and Hoshen, "Back to the Feature: Classical 3D Features are (Almost) All
     d_mp = sum over the features v of modality m of |(f_p - M_k)_v|^2 / d_p,  so that  sum_m d_mp = d_p            (5)
 
 s_v is the root mean squared distance of a training cell's f_v to their mean, so that with it every feature has the same
-say, however many numbers it has. Eqs. 1-4 with s_v = 1 are the paper's and its code's; Eq. 5, which tells the modalities'
-shares in the map, is ours. Differs from the code by what the preset ``paper`` switches back: cells without a measured
-pixel are left out, FPFH takes every second row and column of points, maps are not cut to 8 bits, the score looks at
-more than one cell; and by an exact coreset. The normals' signs, on which FPFH depends, are those of the code's solver
-(`estimate_normals`).
+say, however many numbers it has. Eqs. 1-4 with s_v = 1 are the paper's and its code's; Eq. 5, which tells the
+modalities' shares in the map, is ours. Differs from the code by what the preset ``paper`` switches back: cells without
+a measured pixel are left out, FPFH takes every second row and column of points, maps are not cut to 8 bits, the score
+looks at more than one cell; and by an exact coreset. The normals' signs, on which FPFH depends, are those of the code's
+solver (`estimate_normals`).
 """
 
 from __future__ import annotations
