@@ -374,3 +374,24 @@ def test_named_types_of_settings_are_shown_as_their_choices(capsys):
     settings = json.loads(capsys.readouterr().out)["settings"]
     assert settings["fusion"]["type"].startswith("Literal['alpha_sum', 'alpha_aux', 'add', 'csa'")
     assert settings["bn_momentum"]["type"] == "float | None"
+
+
+def test_choices_of_a_tuple_are_shown(capsys: pytest.CaptureFixture[str]):
+    assert main(["detectors", "btf", "--json"]) == 0
+    settings = json.loads(capsys.readouterr().out)["settings"]
+    assert settings["features"]["type"].startswith("tuple[Literal['raw', 'raw_blocks', ")
+
+
+def test_modalities_that_follow_from_other_settings_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    words = [
+        "--modalities",
+        "rgb",
+        "--root",
+        str(tmp_path),
+        "--category",
+        "c",
+        "--out",
+        str(tmp_path / "m.safetensors"),
+    ]
+    assert main(["fit", "--detector", "btf", *words]) == 2
+    assert "`modalities` of BTFConfig is no setting, it follows from the others" in capsys.readouterr().err

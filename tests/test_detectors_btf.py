@@ -27,7 +27,9 @@ CHANNELS = {"raw": 64, "raw_blocks": 64, "hog": 8, "sift": 128, "fpfh": 33, "dep
 
 
 def build(**settings: Any) -> BTF:
-    return BTF(BTFConfig(**{"weights": "random", "grid": GRID, "coreset_ratio": 0.5, **settings})).eval()
+    return BTF(
+        BTFConfig(**{"weights": "random", "grid": GRID, "coreset_ratio": 0.5, "point_step": 1, **settings})
+    ).eval()
 
 
 def fitted(detector: BTF | None = None, train: Batch | None = None, **settings: Any) -> BTF:
@@ -318,7 +320,13 @@ def test_modalities_follow_from_the_features():
 def test_config_presets_and_registry():
     assert detector_class("btf") is BTF
     paper = configure(BTF, preset="paper")
-    assert (paper.grid, paper.bank_limit, paper.blur, paper.mask_invalid) == (28, None, "pil", False)
+    assert (paper.grid, paper.bank_limit, paper.blur, paper.mask_invalid, paper.point_step) == (
+        28,
+        None,
+        "pil",
+        False,
+        1,
+    )
     assert configure(BTF, {"features": ["fpfh"]}, "fast").features == ("fpfh",)
     for wrong in (
         {"features": ()},

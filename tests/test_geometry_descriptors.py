@@ -1,4 +1,4 @@
-"""Descriptors of depth images: hand-made cells, plain-loop twins, invariances."""
+"""Descriptors of depth images: hand-made cells, plain-loop twins, invariances, other programs where installed."""
 
 from __future__ import annotations
 
@@ -84,6 +84,13 @@ def test_hog_equals_its_definition_in_loops(scale: float):
     assert_close(hog(image.float()), expected.float(), rtol=0, atol=1e-4)
 
 
+def test_hog_equals_scikit_image():
+    skimage = pytest.importorskip("skimage.feature")
+    image = random(1, 1, 40, 67)
+    expected = skimage.hog(image[0, 0].numpy(), orientations=8, pixels_per_cell=(8, 8), cells_per_block=(1, 1))
+    assert_close(hog(image)[0].movedim(0, -1).flatten(), torch.from_numpy(expected), rtol=0, atol=1e-6)
+
+
 def test_hog_of_a_flat_image_is_zero_and_an_image_below_one_cell_is_refused():
     assert not hog(torch.full((1, 1, 16, 16), 0.5)).any()
     with pytest.raises(ShapeError, match="no cell"):
@@ -148,3 +155,13 @@ def test_sift_forgets_offset_and_contrast():
     image = random(1, 1, 16, 16)
     assert_close(dense_sift(3 * image + 2), dense_sift(image), rtol=0, atol=1e-6)
     assert_close(dense_sift(image).square().sum(1), torch.ones(1, 16, 16, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+def test_sift_equals_kornia():
+    kornia = pytest.importorskip("kornia.feature")
+    descriptor = kornia.DenseSIFTDescriptor()
+    descriptor.PoolingConv.dilation = (1, 1)  # bins one pixel apart, as in the version that BTF's code has
+    image = 0.01 * random(2, 1, 40, 30)
+    with torch.no_grad():
+        expected = descriptor.double()(image)
+    assert_close(dense_sift(image), expected, rtol=0, atol=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -166,7 +167,7 @@ def _field_types(config: type[Any]) -> dict[str, str]:
     """Types of a config's fields as they are written; a named type (`Rule`) as the choices that it stands for."""
     written, meant = config.__annotations__, get_type_hints(config)
     return {
-        name: str(meant[name]).replace("typing.", "") if text.isidentifier() and text[0].isupper() else text
+        name: str(meant[name]).replace("typing.", "") if re.match(r"(tuple\[)?[A-Z]\w*\b(?!\[)", text) else text
         for name, text in written.items()
     }
 

@@ -12,10 +12,11 @@ Horwitz and Hoshen, "Back to the Feature: Classical 3D Features are (Almost) All
     d_mp = sum over the features v of modality m of |(f_p - M_k)_v|^2 / d_p,  so that  sum_m d_mp = d_p            (5)
 
 s_v is the root mean squared distance of a training cell's f_v to their mean, so that with it every feature has the same
-say, however many numbers it has. Eqs. 1-4 with s_v = 1 are the paper's (Sec. 5) and its code's; Eq. 5, which tells the
+say, however many numbers it has. Eqs. 1-4 with s_v = 1 are the paper's and its code's; Eq. 5, which tells the
 modalities' shares in the map, is ours. Differs from the code by what the preset ``paper`` switches back: cells without
-a measured pixel are left out, maps are not cut to 8 bits, the score looks at more than one cell; and by an exact
-coreset. The normals' signs, on which FPFH depends, are those of the code's solver (`estimate_normals`).
+a measured pixel are left out, FPFH takes every second row and column of points, maps are not cut to 8 bits, the score
+looks at more than one cell; and by an exact coreset. The normals' signs, on which FPFH depends, are those of the code's
+solver (`estimate_normals`).
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class BTFConfig:
     depth_from: Literal["xyz", "depth"] = (
         "xyz"  # image of raw, hog, sift, depth_inet: z of the cloud, or prepared depth
     )
-    grid: int = 28  # cells per side, Sec. 5: 28 for 224 pixels
+    grid: int = 28  # cells per side; 28 for the paper's 224 pixels
     backbone: str = "efficientnet_lite0"  # timm name; the paper's WideResNet-50: see preset `paper`
     weights: str = "auto"  # where its weights come from: see `ImageBackbone`
     reductions: tuple[int, ...] = (8, 16)  # pixels per feature cell of the stages that are joined
@@ -65,7 +66,9 @@ class BTFConfig:
     radius_normal: float = 0.10  # m, neighbours lie within; as the code has it, wider than most parts: `k_normal` binds
     radius_fpfh: float = 0.25  # m, likewise
     points: Literal["valid", "foreground"] = "valid"  # FPFH of all measured points, or of those on the part
-    point_step: int = 1  # pixels between the rows and columns whose points are taken; 2: a quarter of the time
+    point_step: int = (
+        2  # pixels between the rows and columns whose points are taken; the paper's 1: four times the time
+    )
     coreset_ratio: float = 0.1  # share of the training cells that the bank keeps, above 0, at most 1 (1: all)
     bank_limit: int | None = 4_000  # most cells that the bank keeps; bounds the time per part; None: no limit
     eps: float = 0.9  # distortion of the random projection in which the coreset is chosen, between 0 and 1
@@ -123,13 +126,14 @@ class BTF(Detector):
     PRESETS = {
         "paper": {
             "backbone": "wide_resnet50_2.racm_in1k",
+            "point_step": 1,
             "bank_limit": None,
             "max_gib": 16.0,
             "image_score": "reweighted",
             "blur": "pil",
             "mask_invalid": False,
         },
-        "fast": {"bank_limit": 1_000, "point_step": 2},
+        "fast": {"bank_limit": 1_000},
     }
     PREPARATION = {"paper": "btf"}
     frozen = ("backbone",)

@@ -7,7 +7,7 @@ HOG: Dalal and Triggs, "Histograms of Oriented Gradients for Human Detection" (C
 one cell per block and the block norm L2-Hys, as scikit-image computes it. SIFT: Lowe, "Distinctive Image Features from
 Scale-Invariant Keypoints" (IJCV 2004), Sec. 6, without turning or weighting the window; its root: Arandjelovic and
 Zisserman, "Three things everyone should know to improve object retrieval" (CVPR 2012). BTF ("Back to the Feature",
-CVPR-W 2023, Sec. 4) runs all of them on the z channel of organised clouds.
+CVPR-W 2023) runs all of them on the z channel of organised clouds.
 """
 
 from __future__ import annotations
