@@ -82,7 +82,7 @@ def test_every_command_explains_itself_with_examples(capsys):
         text = capsys.readouterr().out
         assert "examples:\n  polyspect " + command in text
     assert set(names) == {
-        "demo", "data", "detectors", "fit", "predict", "evaluate", "report", "weights", "info",
+        "demo", "data", "detectors", "fit", "complete", "predict", "evaluate", "report", "weights", "info",
     }  # fmt: skip
 
 

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .api import evaluate, fit, load, predict
+    from .api import complete, evaluate, fit, load, predict
     from .detectors import DETECTORS
     from .model import Model, PartResult
 
 _WHERE = {
+    "complete": "api",
     "fit": "api",
     "load": "api",
     "predict": "api",
@@ -32,7 +33,7 @@ _WHERE = {
     "DETECTORS": "detectors",
 }
 
-__all__ = ["DETECTORS", "Model", "PartResult", "__version__", "evaluate", "fit", "load", "predict"]
+__all__ = ["DETECTORS", "Model", "PartResult", "__version__", "complete", "evaluate", "fit", "load", "predict"]
 
 
 def __getattr__(name: str) -> Any:

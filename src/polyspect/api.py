@@ -14,11 +14,12 @@ from .calibration import Calibration, calibrate, check_no_leak
 from .config import build_config
 from .data.depth_scale import fit_depth_scale
 from .data.parts import OnError, Parts
-from .data.preparation import PREPARATIONS, Preparation
+from .data.preparation import PREPARATIONS, Preparation, without_cloud
 from .data.prepared_cache import PreparedCache
 from .data.source import Reader, Record, file_hash, open_reader
 from .data.views import ReadOptions, files_sample, guess_roles
 from .detectors import detector_class
+from .detectors.completion import Completion
 from .detectors.contract import Detector, configure
 from .errors import CalibrationError, ConfigError, DataError, nearest_names
 from .evaluation.evaluate import evaluate as _evaluate
@@ -133,6 +134,103 @@ def fit(
     return model
 
 
+def complete(
+    model: Model | str | Path,
+    *,
+    data: str = "mvtec3d",
+    root: str | Path,
+    category: str,
+    out: str | Path | None = None,
+    preset: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    reader_options: Mapping[str, Any] | None = None,
+    seed: int | None = None,
+    device: str = "auto",
+    precision: str = "32-true",
+    cache: str | Path | None = None,
+    cache_gb: float = 8.0,
+    max_train: int | None = None,
+    resume: bool = False,
+    on_error: OnError = "raise",
+    progress: Progress | None = None,
+) -> Model:
+    """Teach a fitted model to judge parts that lack some of its modalities; see `polyspect.detectors.completion`.
+
+    The detector is left as it is. Every set of modalities gets a threshold of its own, from the validation parts as
+    they would be with these modalities alone, at the model's false-reject rate.
+
+    Args:
+        model: A fitted model on two or more modalities, or its file.
+        data: Reader.
+        root: Folder of the data set that the model was fitted on.
+        category: Category in the data set's spelling.
+        out: Model file to write.
+        preset: Named settings of the completion (``paper``, ``fast``).
+        settings: Single settings of the completion.
+        reader_options: Options of the reader.
+        seed: Order of batches and the held-out share; None: the model's own, so that the same parts are held out.
+        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+        precision: ``32-true``, ``bf16-mixed`` or ``16-mixed``.
+        cache: Folder for prepared parts and features.
+        cache_gb: Most that cached features may take.
+        max_train: As in the model's fit.
+        resume: Go on from the checkpoint beside `out`.
+        on_error: ``skip`` leaves bad parts out.
+        progress: Where progress is shown.
+
+    Raises:
+        ConfigError: the model has one modality, or features that cannot be filled in, or blanks RGB by 3D.
+        DataError: a file or split is not what it should be.
+        CalibrationError: the model is not calibrated, or a validation part is also a test part.
+    """
+    fitted = model if isinstance(model, Model) else load(model, device)
+    if isinstance(fitted.detector, Completion):
+        raise ConfigError("this model is completed already: complete the model that it was made from")
+    if fitted.calibration is None:
+        raise CalibrationError("this model was never calibrated: fit it with validation parts first")
+    completion = Completion(fitted.detector, configure(Completion, settings, preset))
+    without_cloud(fitted.preparation)  # an error now, not after the long work
+    seed = int(fitted.info.get("seed", 0)) if seed is None else seed
+    reader = open_reader(data, root, **(reader_options or {}))
+    broken: dict[str, dict[str, str]] | None = {"train": {}, "validation": {}} if on_error == "skip" else None
+    train, validation, source = _splits(reader, category, seed, max_train, broken)
+    check_no_leak({record.id: _own_hashes(record) for record in validation}, _hashes(reader, category))
+    progress = progress or Progress()
+    cache_folder = Path(cache) if cache else None
+    common: dict[str, Any] = {
+        "modalities": fitted.modalities,
+        "scale": fitted.scale,
+        "cache": PreparedCache(cache_folder / "prepared" if cache_folder else None),
+        "on_error": on_error,
+    }
+    parts = Parts(reader, train, fitted.preparation, **common, broken=broken["train"] if broken else None)
+    engine_config = EngineConfig(
+        seed=seed,
+        device=device,
+        precision=precision,
+        cache=str(cache_folder) if cache_folder else None,
+        cache_bytes=int(cache_gb * 2**30),
+    )
+    engine = Engine(engine_config, checkpoint=Path(f"{out}.checkpoint") if out else None, progress=progress)
+    with progress:
+        with progress.task("prepare", len(train)) as advance:
+            parts.check(advance=advance)
+        engine.fit(completion, {"train": parts}, resume=resume)
+        completed = Model(
+            fitted.name, completion, fitted.preparation, fitted.scale, fitted.calibration, dict(fitted.info)
+        )
+        fewer = completion.choices[1:]
+        with progress.task("calibrate", len(fewer) * len(validation)) as advance:
+            for names in fewer:
+                held = Parts(reader, validation, fitted.preparation, **common, choices=[names]).check()
+                completed.partial["+".join(names)] = _calibrate(
+                    completed, held, fitted.calibration.false_reject, fitted.calibration.confidence, source, advance
+                )
+    if out is not None:
+        completed.save(out)
+    return completed
+
+
 def load(path: str | Path, device: str = "auto") -> Model:
     """Read a fitted model; see `Model.load`."""
     return Model.load(path, device)
@@ -186,7 +284,15 @@ def predict(
             raise ConfigError("predicting a data set needs its root and a category")
         reader = open_reader(data, root, **(reader_options or {}))
         records = reader.records(category, split, broken)
-    parts = Parts(reader, records, fitted.preparation, modalities=fitted.modalities, on_error=on_error, broken=broken)
+    parts = Parts(
+        reader,
+        records,
+        fitted.preparation,
+        modalities=fitted.modalities,
+        on_error=on_error,
+        broken=broken,
+        choices=fitted.choices,
+    )
     parts.check()
     if skipped is not None:
         skipped.extend(parts.skipped)
@@ -206,6 +312,7 @@ def evaluate(
     ignore_invalid: bool = False,
     cache: str | Path | None = None,
     on_error: OnError = "raise",
+    only: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> Results:
     """Evaluate a model on a labelled split: metrics with intervals, per defect type, per modality; a results folder.
@@ -222,10 +329,12 @@ def evaluate(
         ignore_invalid: Leave pixels without 3D data out of the pixel metrics; the papers count them.
         cache: Folder for prepared parts.
         on_error: ``skip`` leaves bad parts out and lists them in the results.
+        only: Judge the parts as if they had these modalities alone; for a model that can do without the others.
         progress: Where progress is shown.
 
     Raises:
         DataError: a file or split is not what it should be.
+        ConfigError: the model cannot judge parts with the modalities in `only`.
     """
     fitted = model if isinstance(model, Model) else load(model)
     reader = open_reader(data, root, **(reader_options or {}))
@@ -239,6 +348,7 @@ def evaluate(
         cache=prepared,
         on_error=on_error,
         broken=broken,
+        choices=fitted.choices if only is None else [_only(fitted, only)],
     )
     about = {
         "reader": data,
@@ -283,6 +393,17 @@ def _choose(
         raise ConfigError(f"unknown preparation '{name}': {nearest_names(name, PREPARATIONS)}")
     chosen = build_config(Preparation, {**asdict(PREPARATIONS[name]), **(prepare or {})})
     return kind, config, chosen
+
+
+def _only(model: Model, names: Sequence[str]) -> tuple[str, ...]:
+    """The one of the model's choices that is the set `names`."""
+    for choice in model.choices:
+        if set(choice) == set(names):
+            return choice
+    there = "; ".join(",".join(choice) for choice in model.choices)
+    raise ConfigError(
+        f"this model cannot judge by {', '.join(names)} alone, only by: {there}; see `polyspect complete`"
+    )
 
 
 def _splits(

@@ -97,6 +97,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     sub.add_argument("name", nargs="?", help="show this method")
     _add_fit(command)
+    _add_complete(command)
     _add_predict(command)
     _add_evaluate(command)
     sub = command(
@@ -308,6 +309,30 @@ def _add_fit(command: Callable[..., argparse.ArgumentParser]) -> None:
     group.add_argument("--confidence", type=float, default=0.95, help="confidence of the statement on it (0.95)")
 
 
+def _add_complete(command: Callable[..., argparse.ArgumentParser]) -> None:
+    sub = command(
+        "complete",
+        do.run_complete,
+        "Teach a fitted model to judge parts that lack a modality: what is missing is hallucinated from what is there. "
+        "One file then serves all of them, each set of modalities with a threshold of its own.",
+        "  polyspect complete bracket.safetensors --root parts --category bracket --out any.safetensors\n"
+        "  polyspect predict any.safetensors photo.png\n"
+        "  polyspect evaluate any.safetensors --only rgb --root parts --category bracket\n",
+    )
+    sub.add_argument("model", help="model file that `polyspect fit` wrote, on two or more modalities")
+    sub.add_argument("--out", required=True, help="model file to write")
+    sub.add_argument("--preset", help="named settings: paper, fast")
+    sub.add_argument("--set", action="append", metavar="NAME=VALUE", help="one setting, e.g. epochs=30 (repeatable)")
+    _add_source(sub, root=True, category=True)
+    _add_run(sub)
+    sub.add_argument("--precision", default="32-true", help="32-true, bf16-mixed or 16-mixed (default: %(default)s)")
+    sub.add_argument("--seed", type=int, help="order of batches and the held-out share (default: the model's)")
+    sub.add_argument("--max-train", type=int, help="use only this many training parts, as the model's fit did")
+    sub.add_argument("--resume", action="store_true", help="go on from the checkpoint of a run that was stopped")
+    _add_cache(sub)
+    sub.add_argument("--cache-gb", type=float, default=8.0, help="most that cached features may take")
+
+
 def _add_predict(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub = command(
         "predict",
@@ -338,6 +363,7 @@ def _add_evaluate(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--out", help="folder for results.json, parts.csv, maps and report.html")
     sub.add_argument("--split", default="test")
     sub.add_argument("--bootstrap", type=int, default=200, help="resamples for the intervals, 0 for none (200)")
+    sub.add_argument("--only", help="judge by these modalities alone, e.g. rgb; for models that can do without others")
     sub.add_argument("--ignore-invalid", action="store_true", help="leave pixels without 3D data out of pixel metrics")
     _add_source(sub, root=True, category=True)
     _add_run(sub)

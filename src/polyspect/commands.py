@@ -215,6 +215,43 @@ def run_fit(a: argparse.Namespace) -> int:
     return 0
 
 
+def run_complete(a: argparse.Namespace) -> int:
+    """Learn to do without modalities, calibrate every set of them, save."""
+    if not Path(a.out).parent.is_dir():
+        raise ConfigError(f"the folder of --out '{a.out}' does not exist: make it first")
+    if Path(a.out).resolve() == Path(a.model).resolve():
+        raise ConfigError(f"--out must name another file than the model, got '{a.out}'")
+    from . import api
+    from .fitting.progress import TerminalProgress
+
+    model = api.complete(
+        api.load(a.model, a.device),
+        data=a.data,
+        root=a.root,
+        category=a.category,
+        out=a.out,
+        preset=a.preset,
+        settings=_pairs(a.set),
+        reader_options=_pairs(a.reader),
+        seed=a.seed,
+        device=a.device,
+        precision=a.precision,
+        cache=_cache(a),
+        cache_gb=a.cache_gb,
+        max_train=a.max_train,
+        resume=a.resume,
+        on_error=a.on_error,
+        progress=TerminalProgress(),
+    )
+    size = Path(a.out).stat().st_size
+    lines = [f"{a.out}: {model.name}, {size / 2**20:.1f} MiB"]
+    for names in model.choices:
+        calibration = model.calibration_for(names)
+        lines.append(f"  {', '.join(names):<20} {calibration.statement if calibration else 'not calibrated'}")
+    _emit(a, {"model": str(a.out), "bytes": size, **model.header()}, "\n".join(lines))
+    return 0
+
+
 def run_predict(a: argparse.Namespace) -> int:
     """Judge new parts."""
     from . import api
@@ -234,12 +271,18 @@ def run_predict(a: argparse.Namespace) -> int:
         on_error=a.on_error,
         skipped=skipped,
     )
-    threshold = model.calibration.threshold if model.calibration else None
+
+    def threshold(used: Sequence[str]) -> float | None:
+        calibration = model.calibration_for(used)
+        return calibration.threshold if calibration else None
+
     rows = write_verdicts(results, Path(a.out) if a.out else None, skipped, threshold)
-    lines = [f"{'part':<44} {'score':>10} {'p-value':>8}  decision"]
+    several = len(model.choices) > 1
+    lines = [f"{'part':<44} {'score':>10} {'p-value':>8}  decision" + ("        by" if several else "")]
     for row in rows["parts"]:
         p = "-" if row["p_value"] is None else f"{row['p_value']:.3f}"
-        lines.append(f"{row['id']:<44} {row['score']:>10.4f} {p:>8}  {row['decision'] or 'not calibrated'}")
+        by = f"{'':<8}{'+'.join(row['used'])}" if several else ""
+        lines.append(f"{row['id']:<44} {row['score']:>10.4f} {p:>8}  {row['decision'] or 'not calibrated'}{by}")
     lines += [f"skipped {item['id']}: {item['reason']}" for item in rows["skipped"]]
     if a.out:
         lines.append(f"written to {Path(a.out).resolve()}")
@@ -264,6 +307,7 @@ def run_evaluate(a: argparse.Namespace) -> int:
         ignore_invalid=a.ignore_invalid,
         cache=_cache(a),
         on_error=a.on_error,
+        only=[name.strip() for name in a.only.split(",")] if a.only else None,
         progress=TerminalProgress(),
     )
     if a.json:

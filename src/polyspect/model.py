@@ -6,7 +6,7 @@ files -> Sample -> prepared Sample -> Batch -> detector -> Prediction -> calibra
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ from .calibration import Calibration
 from .config import build_config
 from .data.batches import collate
 from .data.depth_scale import DepthScale
-from .data.parts import Parts, prefetched
-from .data.preparation import Preparation, prepare
+from .data.parts import NoPointsError, Parts, prefetched, usable
+from .data.preparation import Preparation, only_views, prepare, without_cloud
 from .detectors import detector_class
+from .detectors.completion import Completion, CompletionConfig
 from .detectors.contract import Detector
 from .errors import DataError, ModelFileError
 from .fitting.modelfile import FORMAT, read_header, read_tensors, write_tensors
-from .samples import MODALITIES, Array, Sample
+from .samples import Array, Sample, is_geometric
 from .version import __version__
 
 
@@ -39,6 +40,7 @@ class PartResult:
         p_value: Conformal p-value among the calibration parts: how often a good part would score at least this high.
             None for an uncalibrated model.
         decision: ``"accept"``, ``"reject"``, or None for an uncalibrated model.
+        used: The modalities that the verdict rests on; fewer than the model's where the part lacks some.
     """
 
     sample: Sample
@@ -47,6 +49,7 @@ class PartResult:
     branch_maps: Mapping[str, Array]
     p_value: float | None
     decision: str | None
+    used: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
@@ -64,6 +67,8 @@ class Model:
         preparation: How parts are prepared; the same as in fitting.
         scale: Depth standardisation of the category; None if depth is not used or not scaled by category.
         calibration: Decision threshold; None if the model was never calibrated.
+        partial: Thresholds of a completed model for parts that lack something: ``"rgb"`` or ``"rgb+depth"``, the
+            modalities they have -> calibration.
         info: Seed, versions, weights, data fingerprint: what else the file's header says.
     """
 
@@ -73,12 +78,22 @@ class Model:
     scale: DepthScale | None = None
     calibration: Calibration | None = None
     info: dict[str, Any] = field(default_factory=dict)
+    partial: dict[str, Calibration] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)  # of the last `predict`: "read" and "predict"
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """The modalities that a part must have."""
+        """The modalities that the detector was fitted on."""
         return self.detector.modalities
+
+    @property
+    def choices(self) -> list[tuple[str, ...]]:
+        """The sets of modalities with which a part can be judged, the best first."""
+        return self.detector.choices
+
+    def calibration_for(self, used: Sequence[str]) -> Calibration | None:
+        """The calibration for parts with the modalities `used`."""
+        return self.calibration if set(used) == set(self.modalities) else self.partial.get("+".join(used))
 
     def predict(self, parts: Parts, batch_size: int = 8) -> Iterator[PartResult]:
         """Judge parts one after another, lazily. A part's result does not depend on the others.
@@ -104,25 +119,30 @@ class Model:
         Raises:
             DataError: the part lacks a modality, or has no valid 3D point where one is needed.
         """
-        ready = prepare(sample, self.preparation)
-        self.check_sample(ready)
-        return self._judge([ready], collate([ready], self.preparation, self.scale, self.modalities))[0]
+        flat = not any(is_geometric(name) for name in sample.images)
+        can_do_without = any(not any(map(is_geometric, names)) for names in self.choices)
+        ready = prepare(sample, without_cloud(self.preparation) if flat and can_do_without else self.preparation)
+        used = self.check_sample(ready)
+        if set(used) != set(self.modalities):
+            ready = only_views(ready, used)
+        return self._judge([ready], collate([ready], self.preparation, self.scale, used))[0]
 
-    def check_sample(self, sample: Sample) -> None:
-        """Check that a prepared part has what the detector needs.
+    def check_sample(self, sample: Sample) -> tuple[str, ...]:
+        """Check that a prepared part has what the detector needs; the modalities it will be judged by.
 
         Raises:
             DataError: names the part and what is missing.
         """
-        missing = [name for name in self.modalities if name not in sample.images]
-        if missing:
+        try:
+            return usable(sample, self.choices)
+        except NoPointsError as error:
+            raise DataError(f"part '{sample.id}' {error}") from None
+        except DataError:
+            missing = next(name for name in min(self.choices, key=len) if name not in sample.images)
             raise DataError(
-                f"part '{sample.id}' has no '{missing[0]}', which this {self.name} model needs (it uses "
+                f"part '{sample.id}' has no '{missing}', which this {self.name} model needs (it uses "
                 f"{', '.join(self.modalities)}; the part has {', '.join(sample.images) or 'nothing'})"
-            )
-        geometric = any(name in MODALITIES and MODALITIES[name].geometric for name in self.modalities)
-        if geometric and not sample.valid.any():
-            raise DataError(f"part '{sample.id}' has no valid 3D point: all are zero, NaN or marked invalid")
+            ) from None
 
     def _judge(self, samples: list[Sample], batch: Any) -> list[PartResult]:
         import torch
@@ -136,9 +156,11 @@ class Model:
         if not np.isfinite(scores).all():
             bad = samples[int(np.flatnonzero(~np.isfinite(scores))[0])]
             raise DataError(f"the score of part '{bad.id}' is not finite: check its files for extreme values")
+        used = tuple(name for name in self.modalities if name in batch.images)
+        calibration = self.calibration_for(used)
         nothing = [None] * len(scores)
-        p_values: Any = self.calibration.p_values(scores) if self.calibration else nothing
-        rejects: Any = self.calibration.decide(scores) if self.calibration else nothing
+        p_values: Any = calibration.p_values(scores) if calibration else nothing
+        rejects: Any = calibration.decide(scores) if calibration else nothing
         return [
             PartResult(
                 sample=sample,
@@ -147,9 +169,23 @@ class Model:
                 branch_maps={name: stack[i] for name, stack in branches.items()},
                 p_value=None if p_values[i] is None else float(p_values[i]),
                 decision=None if rejects[i] is None else "reject" if rejects[i] else "accept",
+                used=used,
             )
             for i, sample in enumerate(samples)
         ]
+
+    def _completion(self) -> dict[str, Any]:
+        """What the header says of a completed detector, and of thresholds for parts that lack something."""
+        said: dict[str, Any] = {}
+        if isinstance(self.detector, Completion):
+            said["completion"] = asdict(self.detector.config)
+        if self.partial:
+            said["partial"] = {names: calibration.to_dict() for names, calibration in self.partial.items()}
+        return said
+
+    @property
+    def _inner(self) -> Detector:
+        return self.detector.inner if isinstance(self.detector, Completion) else self.detector
 
     # -- one file ----------------------------------------------------------------------------------------------------
 
@@ -159,10 +195,11 @@ class Model:
             "format": FORMAT,
             "polyspect": __version__,
             "detector": self.name,
-            "config": asdict(self.detector.config),
+            "config": asdict(self._inner.config),
             "preparation": asdict(self.preparation),
             "depth_scale": self.scale.to_dict() if self.scale else None,
             "calibration": self.calibration.to_dict() if self.calibration else None,
+            **self._completion(),
             **self.info,
         }
 
@@ -190,10 +227,15 @@ class Model:
         if "detector" not in header:
             raise ModelFileError(f"'{path}' is a checkpoint of an unfinished fit: run that fit again with --resume")
         kind = detector_class(header["detector"])
-        detector = kind(build_config(kind.Config, header["config"]), pretrained=False)  # type: ignore[call-arg]
+        detector: Detector = kind(build_config(kind.Config, header["config"]), pretrained=False)  # type: ignore[call-arg]
+        if header.get("completion"):
+            detector = Completion(detector, build_config(CompletionConfig, header["completion"]))
         detector.load_tensors(tensors)
         detector.eval().requires_grad_(False).to(pick_accelerator(device))
-        known = ("format", "polyspect", "detector", "config", "preparation", "depth_scale", "calibration")
+        known = (
+            "format", "polyspect", "detector", "config", "completion", "preparation", "depth_scale", "calibration",
+            "partial",
+        )  # fmt: skip
         return cls(
             name=header["detector"],
             detector=detector,
@@ -201,6 +243,7 @@ class Model:
             scale=DepthScale.from_dict(header["depth_scale"]) if header["depth_scale"] else None,
             calibration=Calibration.from_dict(header["calibration"]) if header["calibration"] else None,
             info={key: value for key, value in header.items() if key not in known},
+            partial={names: Calibration.from_dict(values) for names, values in header.get("partial", {}).items()},
         )
 
 

@@ -8,13 +8,14 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from itertools import groupby
 from typing import TYPE_CHECKING, Literal
 
 from ..errors import ConfigError, DataError, PolyspectError
-from ..samples import MODALITIES, Sample
+from ..samples import Sample, is_geometric
 from .batches import collate
 from .depth_scale import DepthScale
-from .preparation import Preparation
+from .preparation import Preparation, only_views, without_cloud
 from .prepared_cache import PreparedCache
 from .source import Reader, Record, content_hash
 
@@ -38,6 +39,8 @@ class Parts:
         cache: Keeps prepared parts on disk.
         on_error: ``"raise"``, or ``"skip"``: leave a bad part out and list it in `skipped`.
         broken: Parts that the reader left out already, id -> reason: the start of `skipped`.
+        choices: Sets of modalities that a part may be judged by, the best first; a part comes with the first that it
+            can supply, and without its other views. None: `modalities`, and every view is kept.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Parts:
         cache: PreparedCache | None = None,
         on_error: OnError = "raise",
         broken: Mapping[str, str] | None = None,
+        choices: Sequence[tuple[str, ...]] | None = None,
     ) -> None:
         if on_error not in ("raise", "skip"):
             raise ConfigError(f"on_error is '{on_error}', expected 'raise' or 'skip'")
@@ -58,6 +62,7 @@ class Parts:
         self.records = list(records)
         self.preparation = preparation
         self.modalities = tuple(modalities)
+        self.choices = [self.modalities] if choices is None else [tuple(names) for names in choices]
         self.scale = scale
         self.cache = cache or PreparedCache(None)
         self.on_error = on_error
@@ -105,8 +110,17 @@ class Parts:
         return (self.sample(index) for index in range(len(self)))
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """The prepared parts at `indices`, stacked."""
-        return collate([self.sample(index) for index in indices], self.preparation, self.scale, self._stacked())
+        """The prepared parts at `indices`, stacked; all must come with the same modalities."""
+        samples = [self.sample(index) for index in indices]
+        return collate(samples, self.preparation, self.scale, self.used(samples[0]) or None)
+
+    def used(self, sample: Sample) -> tuple[str, ...]:
+        """The first of `choices` that a prepared part can supply.
+
+        Raises:
+            DataError: it can supply none.
+        """
+        return usable(sample, self.choices)
 
     def keys(self) -> list[str]:
         """One key per part: changes with the content of its files, the preparation and the depth scale."""
@@ -123,24 +137,49 @@ class Parts:
         """sha256 over the content of all parts, whatever their order or names."""
         return fingerprint(self.records)
 
-    def _stacked(self) -> tuple[str, ...] | None:
-        return self.modalities or None
-
     def _prepare(self, record: Record) -> Sample:
-        sample = self.cache.get(self.reader, record, self.preparation)
-        geometric = [name for name in self.modalities if name in MODALITIES and MODALITIES[name].geometric]
-        if geometric and "no_valid_points" in sample.meta.get("flags", ()):
+        sample = self.cache.get(self.reader, record, self._preparation(record))
+        if self.choices == [()]:  # data check: no method asks for anything
+            return sample
+        try:
+            used = self.used(sample)
+        except NoPointsError as error:
             raise DataError(
-                f"part '{record.id}' ({_name_file(record)}) has no valid 3D point: all are zero, NaN or "
-                f"marked invalid; check the sensor and the file, or leave the part out with --on-error skip"
-            )
-        missing = [name for name in self.modalities if name not in sample.images]
-        if missing:
-            raise DataError(
-                f"part '{record.id}' has no '{missing[0]}' (it has {', '.join(sample.images) or 'nothing'}): "
-                f"supply the file, or choose other modalities"
-            )
-        return sample
+                f"part '{record.id}' ({_name_file(record)}) {error}; check the sensor and the file, or leave the part "
+                f"out with --on-error skip"
+            ) from None
+        except DataError as error:
+            raise DataError(f"part '{record.id}' {error}: supply the file, or choose other modalities") from None
+        return sample if used == self.modalities else only_views(sample, used)
+
+    def _preparation(self, record: Record) -> Preparation:
+        """How this part is prepared: as all are, or as `without_cloud` says where it may come and does without 3D."""
+        if any(is_geometric(role) for role in record.files):
+            return self.preparation
+        flat = any(not any(is_geometric(name) for name in names) for names in self.choices)
+        return without_cloud(self.preparation) if flat and self.modalities else self.preparation
+
+
+class NoPointsError(DataError):
+    """A part with 3D views in which nothing was measured."""
+
+
+def usable(sample: Sample, choices: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    """The first set of modalities that a prepared part can supply; 3D views without a measured point do not count.
+
+    Raises:
+        NoPointsError: it could supply one if the sensor had measured something.
+        DataError: it can supply none; says what the smallest set lacks.
+    """
+    there = {name for name in sample.images if sample.valid.any() or not is_geometric(name)}
+    for names in choices:
+        if set(names) <= there:
+            return names
+    least = min(choices, key=len)
+    if set(least) <= set(sample.images):
+        raise NoPointsError("has no valid 3D point: all are zero, NaN or marked invalid")
+    missing = next(name for name in least if name not in there)
+    raise DataError(f"has no '{missing}' (it has {', '.join(sample.images) or 'nothing'})")
 
 
 def fingerprint(records: Iterable[Record]) -> str:
@@ -149,12 +188,22 @@ def fingerprint(records: Iterable[Record]) -> str:
 
 
 def prefetched(parts: Parts, batch_size: int) -> Iterator[tuple[range, list[Sample], Batch]]:
-    """Batches in order, the next one read in the background while the caller works on this one."""
+    """Batches in order, the next one read in the background while the caller works on this one.
+
+    Parts of one batch come with the same modalities; where they differ a group is split.
+    """
     groups = [range(first, min(first + batch_size, len(parts))) for first in range(0, len(parts), batch_size)]
 
-    def load(group: range) -> tuple[range, list[Sample], Batch]:
+    def load(group: range) -> list[tuple[range, list[Sample], Batch]]:
         samples = [parts.sample(index) for index in group]
-        return group, samples, collate(samples, parts.preparation, parts.scale, parts._stacked())
+        used = [parts.used(sample) for sample in samples]
+        ready = []
+        for names, members in groupby(range(len(samples)), key=used.__getitem__):  # neighbours with the same modalities
+            places = list(members)
+            alike = [samples[place] for place in places]
+            batch = collate(alike, parts.preparation, parts.scale, names or None)
+            ready.append((range(group[places[0]], group[places[-1]] + 1), alike, batch))
+        return ready
 
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(load, groups[0]) if groups else None
@@ -163,7 +212,7 @@ def prefetched(parts: Parts, batch_size: int) -> Iterator[tuple[range, list[Samp
                 return
             ready = waiting.result()
             waiting = pool.submit(load, following) if following is not None else None
-            yield ready
+            yield from ready
 
 
 def _name_file(record: Record) -> str:

@@ -18,8 +18,8 @@ Flags a part can get (``sample.meta["flags"]``, a list, after those that the rea
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -30,7 +30,7 @@ from ..geometry.filling import fill_rounds
 from ..geometry.height import height_above, to_plane_frame
 from ..geometry.normals import sobel_normals, surface_normals
 from ..geometry.plane import Plane, corner_plane, empty_corners, fit_plane
-from ..samples import MODALITIES, Array, Sample
+from ..samples import MODALITIES, Array, Sample, is_geometric
 from .frame import Aspect, Filter, Frame, Nearest
 
 
@@ -196,6 +196,35 @@ def prepare(sample: Sample, preparation: Preparation) -> Sample:
     if preparation.geometry_at == "input":
         return _resample(_add_geometry(sample, preparation), frame, preparation)
     return _add_geometry(_resample(sample, frame, preparation), preparation)
+
+
+def without_cloud(preparation: Preparation) -> Preparation:
+    """How a part without any 3D view is prepared where others have it: alike, but for the background, which stays.
+
+    Raises:
+        ConfigError: the preparation blanks the background of RGB, which nobody can do without 3D.
+    """
+    if preparation.background == "keep":
+        return preparation
+    if "rgb" in preparation.remove_from:
+        raise ConfigError(
+            f"a part without 3D cannot be prepared like the others: `background={preparation.background}` with "
+            f"`remove_from` {list(preparation.remove_from)} blanks RGB where the 3D view sees background; fit with "
+            f"--prepare remove_from=[xyz,depth,normals] to serve such parts"
+        )
+    return replace(preparation, background="keep")
+
+
+def only_views(sample: Sample, names: Sequence[str]) -> Sample:
+    """A prepared part as if it had come with the views in `names` only.
+
+    Without a geometric one nothing tells where the part is: all that is not padding is valid and foreground.
+    """
+    images = {name: image for name, image in sample.images.items() if name in names}
+    if any(is_geometric(name) for name in images):
+        return sample.with_(images=images)
+    frame: Frame = sample.meta["frame"]
+    return sample.with_(images=images, valid=frame.inside(), foreground=frame.inside())
 
 
 def _resample(sample: Sample, frame: Frame, preparation: Preparation) -> Sample:

@@ -165,6 +165,11 @@ class BTF(Detector):
         self._spreads = [MapMoments() for _ in config.features]
         self._shares = MapMoments()
 
+    def modality_of(self, feature: str) -> str:
+        """The modality that a feature is made from: ``"fpfh.cells"`` is made from ``"xyz"``."""
+        name = feature.partition(".")[0]
+        return self.config.modality_of(name) if name in self.config.features else ""
+
     def extract(self, batch: Batch) -> Features:
         """Cells of every feature."""
         cells = self._network_cells(batch)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import ConfigError, DataError, NotFittedError
+from ..errors import ConfigError, NotFittedError
 from ..layers.hallucination import OutputActivation, PatchHallucination
 from ..layers.rgb_points import groups_on_grid, point_grid
 from ..samples import MODALITIES, Batch, Features, Prediction, is_geometric
@@ -108,25 +108,9 @@ class Completion(Detector):
 
     @property
     def choices(self) -> list[tuple[str, ...]]:
-        """The sets of modalities that a part may have: all of them first, then fewer."""
+        """Every set of the modalities but the empty one: all of them first, then fewer."""
         names = self.inner.modalities
         return [chosen for count in range(len(names), 0, -1) for chosen in combinations(names, count)]
-
-    def check_batch(self, batch: Batch) -> None:
-        """Check that there is a modality at all.
-
-        Raises:
-            DataError: there is none.
-        """
-        if not self.present(batch):
-            raise DataError(
-                f"part '{batch.ids[0]}' has none of {', '.join(self.modalities)}; it has "
-                f"{', '.join(batch.images) or 'nothing'}"
-            )
-
-    def present(self, batch: Batch) -> tuple[str, ...]:
-        """The modalities of `batch` that the detector uses."""
-        return tuple(name for name in self.inner.modalities if name in batch.images)
 
     def extract(self, batch: Batch) -> Features:
         """The inner detector's features of the modalities that are there."""
@@ -200,7 +184,7 @@ class Completion(Detector):
     def _hallucinated(self, features: Features, grids: Mapping[str, Mapping[str, Tensor]], b: str) -> dict[str, Tensor]:
         """The features of modality `b`, each the mean over the modalities that are there."""
         H, W = features["valid"].shape[-2:]
-        made = {}
+        made: dict[str, Tensor] = {}
         for index, (key, (channels, reduction)) in enumerate(self._shapes[b].items()):
             h, w = -(-H // reduction), -(-W // reduction)
             votes = []
@@ -254,18 +238,6 @@ class Completion(Detector):
                 key: (grid.shape[1], max(1, round(_PROBE / grid.shape[-1]))) for key, grid in grids.items()
             }
         return channels
-
-
-def without(batch: Batch, keep: Sequence[str]) -> Batch:
-    """The batch as it would be had its parts come with the modalities in `keep` only.
-
-    Without any geometric view nothing tells where the part is: valid and foreground are True everywhere.
-    """
-    images = {name: image for name, image in batch.images.items() if name in keep}
-    if any(is_geometric(name) for name in images):
-        return replace(batch, images=images)
-    everywhere = torch.ones_like(batch.valid)
-    return replace(batch, images=images, valid=everywhere, foreground=everywhere)
 
 
 def _with_blanks(batch: Batch, missing: Sequence[str]) -> Batch:

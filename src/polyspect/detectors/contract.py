@@ -122,6 +122,11 @@ class Detector(nn.Module):
         """The modalities that a batch must carry."""
         return tuple(self.config.modalities)
 
+    @property
+    def choices(self) -> list[tuple[str, ...]]:
+        """The sets of modalities with which a part can be judged, the best first; usually one: `modalities`."""
+        return [self.modalities]
+
     def modality_of(self, feature: str) -> str:
         """The modality that a feature of `extract` comes from, by its name; ``""`` for none or several.
 
@@ -150,13 +155,16 @@ class Detector(nn.Module):
         Raises:
             DataError: names the missing modality, the part and what there is.
         """
-        missing = [name for name in self.modalities if name not in batch.images]
-        if missing:
-            raise DataError(
-                f"part '{batch.ids[0]}' has no '{missing[0]}', which this detector needs (it uses "
-                f"{', '.join(self.modalities)}; the part has {', '.join(batch.images) or 'nothing'}): "
-                f"supply it, or fit a detector on the modalities that there are"
-            )
+        if any(set(names) <= set(batch.images) for names in self.choices):
+            return
+        least = min(self.choices, key=len)
+        missing = [name for name in least if name not in batch.images]
+        raise DataError(
+            f"part '{batch.ids[0]}' has no '{missing[0]}', which this detector needs (it uses "
+            f"{', '.join(self.modalities)}; the part has {', '.join(batch.images) or 'nothing'}): "
+            f"supply it, fit a detector on the modalities that there are, or let `polyspect complete` teach this one "
+            f"to do without"
+        )
 
     def train(self, mode: bool = True) -> Detector:
         """Set the mode of everything that learns; frozen submodules stay in eval mode."""

@@ -7,7 +7,7 @@ that grid (nearest), as the papers do; the results say so.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +77,16 @@ def evaluate(
                 values = streaming.compute()
                 branch_metrics[name] = {metric: values[metric] for metric in BRANCH_METRICS}
                 advance(1)
+    calibration = model.calibration_for(parts.choices[0] or model.modalities)
     results = Results(
-        model=_about_model(model, path),
+        model=_about_model(model, path, parts.choices[0] or model.modalities),
         data={**about, **_counts(rows), "fingerprint": parts.fingerprint()},
         parts=rows,
         metrics=metrics,
         intervals={name: list(ends) for name, ends in intervals.items() if ends is not None},
         per_defect=_per_defect(fused, rows),
         branches=branch_metrics,
-        calibration=model.calibration.to_dict() if model.calibration else None,
+        calibration=calibration.to_dict() if calibration else None,
         decisions=_decisions(rows),
         timing=_timing(model, len(rows), prepared_s, time.perf_counter() - started),
         skipped=[{"id": part, "reason": reason} for part, reason in parts.skipped],
@@ -174,14 +175,14 @@ def _arrays(result: PartResult, depth: str) -> dict[str, Array]:
     return arrays
 
 
-def _about_model(model: Model, path: Path | None) -> dict[str, Any]:
+def _about_model(model: Model, path: Path | None, used: Sequence[str]) -> dict[str, Any]:
     header = model.header()
     return {
         "path": path.name if path else None,
         "sha256": file_hash(path) if path else None,
         "detector": model.name,
         "config": header["config"],
-        "modalities": list(model.modalities),
+        "modalities": list(used),
         "preparation": header["preparation"],
         "seed": model.info.get("seed"),
         "weights": model.info.get("weights"),

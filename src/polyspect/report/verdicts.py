@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +18,20 @@ from ..model import PartResult
 from ..samples import Array
 from .pictures import colour, overlay
 
-COLUMNS = ("id", "score", "p_value", "decision", "map", "picture")
+COLUMNS = ("id", "score", "p_value", "decision", "used", "map", "picture")
 
 
 def write_verdicts(
     results: Iterable[PartResult],
     out: Path | None,
     skipped: Sequence[tuple[str, str]] = (),
-    threshold: float | None = None,
+    threshold: Callable[[Sequence[str]], float | None] | None = None,
 ) -> dict[str, Any]:
     """Collect verdicts and, with `out`, write them with their maps.
 
     ``OUT/predictions.json`` and ``OUT/predictions.csv`` hold one row per part; ``OUT/maps/ID.tiff`` is the raw anomaly
-    map on the part's original pixel grid, float32. With a `threshold`, ``OUT/maps/ID.png`` shows the map over the
-    prepared part; the same colours for all parts, the middle of the scale being the threshold.
+    map on the part's original pixel grid, float32. With a `threshold` (of the modalities that a part was judged by)
+    ``OUT/maps/ID.png`` shows the map over the prepared part, the middle of the scale being the threshold.
 
     Returns:
         ``{"parts": [...], "skipped": [...]}``, as in the JSON file.
@@ -43,25 +43,33 @@ def write_verdicts(
             "score": result.score,
             "p_value": result.p_value,
             "decision": result.decision,
+            "used": list(result.used),
             "branch_scores": {name: float(branch.max()) for name, branch in result.branch_maps.items()},
             "map": None,
             "picture": None,
         }
         if out is not None:
             row["map"] = _write_map(result, out)
-            if threshold is not None and threshold > 0:
-                row["picture"] = _write_picture(result, out, threshold)
+            limit = None if threshold is None else threshold(result.used)
+            if limit is not None and limit > 0:
+                row["picture"] = _write_picture(result, out, limit)
         rows.append(row)
     report = {"parts": rows, "skipped": [{"id": part, "reason": reason} for part, reason in skipped]}
     if out is not None:
         table = io.StringIO()
         writer = csv.writer(table, lineterminator="\n")
         writer.writerow(COLUMNS)
-        writer.writerows([["" if row[name] is None else row[name] for name in COLUMNS] for row in rows])
+        writer.writerows([[_cell(row[name]) for name in COLUMNS] for row in rows])
         out.mkdir(parents=True, exist_ok=True)
         write_atomically(out / "predictions.csv", table.getvalue().encode())
         write_atomically(out / "predictions.json", json.dumps(report, indent=1, ensure_ascii=False).encode() + b"\n")
     return report
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, list):
+        return "+".join(value)
+    return "" if value is None else value
 
 
 def _write_map(result: PartResult, out: Path) -> str:
