@@ -84,6 +84,17 @@ class _Side:
         length = torch.linalg.vector_norm(self.shifted, dim=1)
         self.radius, self.norm = length.max(), length.square()  # K'
         self.norm[K:] = torch.inf
+        self._double: tuple[Tensor, Tensor] | None = None
+
+    def double(self) -> tuple[Tensor, Tensor]:
+        """`shifted` and `norm` in float64, made when first needed."""
+        if self._double is None:
+            wide = self.shifted.new_zeros(self.shifted.shape, dtype=torch.float64)
+            torch.sub(self.bank.double(), self.centre, out=wide[: len(self.bank)])
+            norm = wide.square().sum(1)
+            norm[len(self.bank) :] = torch.inf
+            self._double = wide, norm
+        return self._double
 
     def slack(self, moved: Tensor) -> Tensor:
         """Twice the largest error (Q,) of a squared distance in product form; `moved` are queries less the centre."""
@@ -110,10 +121,10 @@ def _nearest_block(queries: Tensor, side: _Side, k: int, product: Tensor) -> tup
             return distances, indices
         if count > k and len(unsure) > FEW:
             break
+    wide, norm = side.double()
     for rows in unsure.split(max(1, len(queries) // 2)):  # float64 entries are twice as large
-        wide = (bank.double() - side.centre).T  # D K
-        product64 = torch.addmm(wide.square().sum(0), queries[rows].double() - side.centre, wide, alpha=-2)
-        candidates = product64.topk(min(k + 4, K), largest=False).indices
+        product64 = torch.addmm(norm, queries[rows].double() - side.centre, wide.T, alpha=-2)
+        candidates = _smallest(product64, min(k + 4, K), K)[1]
         distances[rows], indices[rows] = _rank(queries[rows], bank, candidates, k)
     return distances, indices
 
