@@ -3,28 +3,40 @@
     python benchmarks/detection.py --root DATA --categories tabletop_boxes --detectors patchcore crd:fast \\
         --modalities rgb normals rgb,normals --out out/detection
 
-A detector is NAME or NAME:PRESET. Runs that are already in --out are read, not repeated, so a broken grid goes on. The
-table is Markdown, with 95 % bootstrap intervals; times are wall seconds of fitting (features from a warm cache if
-there is one) and of predicting per part, on this machine. With several categories a second table has their means.
+A detector is NAME or NAME:PRESET, with settings behind an @ if there are any: 'm3dm:fast@banks=[xyz],uff=false'
+(commas inside brackets do not separate). Without --modalities every detector uses its own. Runs that are already in
+--out are read, not repeated, so a broken grid goes on. The table is Markdown, with 95 % bootstrap intervals; times are
+wall seconds of fitting (features from a warm cache if there is one) and of predicting per part, on this machine. With
+several categories a second table has their means.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 import time
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 import polyspect as ps
 from polyspect.errors import PolyspectError
 from polyspect.evaluation.results import Results, read_results
 from polyspect.fitting.progress import TerminalProgress
 
+OWN = "own"  # the modalities that the detector's settings imply
+
 
 def run_one(a: argparse.Namespace, detector: str, modalities: str, category: str) -> tuple[Results, float]:
     """Fit and evaluate one cell of the grid, or read it if it is there."""
-    name, _, preset = detector.partition(":")
-    folder = Path(a.out) / f"{category}-{detector.replace(':', '-')}-{modalities.replace(',', '+')}"
+    method, _, chosen = detector.partition("@")
+    name, _, preset = method.partition(":")
+    settings = {key: yaml.safe_load(value) for key, _, value in (item.partition("=") for item in _items(chosen))}
+    if modalities != OWN:
+        settings["modalities"] = modalities.split(",")
+    label = re.sub(r"[^\w.=+-]+", "-", f"{category}-{detector}-{modalities.replace(',', '+')}")
+    folder = Path(a.out) / label
     if (folder / "results.json").is_file():
         return read_results(folder), float((folder / "fit_seconds.txt").read_text())
     model_file = folder / "model.safetensors"
@@ -37,7 +49,8 @@ def run_one(a: argparse.Namespace, detector: str, modalities: str, category: str
         root=a.root,
         category=category,
         out=model_file,
-        settings={"modalities": modalities.split(",")},
+        settings=settings,
+        preparation=a.preparation,
         cache=a.cache,
         resume=Path(f"{model_file}.checkpoint").is_file(),
         progress=TerminalProgress(),
@@ -46,6 +59,11 @@ def run_one(a: argparse.Namespace, detector: str, modalities: str, category: str
     (folder / "fit_seconds.txt").write_text(f"{seconds:.1f}")
     where: dict[str, Any] = {"data": a.data, "root": a.root, "category": category, "cache": a.cache}
     return ps.evaluate(model_file, out=folder, bootstrap=a.bootstrap, progress=TerminalProgress(), **where), seconds
+
+
+def _items(text: str) -> list[str]:
+    """``"a=1,b=[x,y]"`` -> ``["a=1", "b=[x,y]"]``."""
+    return re.findall(r"[^,\[]+(?:\[[^\]]*\])?", text)
 
 
 def cell(results: Results, metric: str) -> str:
@@ -73,8 +91,9 @@ def main() -> None:
     parser.add_argument("--data", default="mvtec3d")
     parser.add_argument("--root", required=True)
     parser.add_argument("--categories", nargs="+", required=True)
-    parser.add_argument("--detectors", nargs="+", required=True, metavar="NAME[:PRESET]")
-    parser.add_argument("--modalities", nargs="+", required=True, help="comma-separated sets, e.g. rgb rgb,depth")
+    parser.add_argument("--detectors", nargs="+", required=True, metavar="NAME[:PRESET][@SETTINGS]")
+    parser.add_argument("--modalities", nargs="+", default=[OWN], help="comma-separated sets, e.g. rgb rgb,depth")
+    parser.add_argument("--preparation", help="named preparation (default: the one that goes with the preset)")
     parser.add_argument("--out", default="out/detection")
     parser.add_argument("--cache", default="out/cache")
     parser.add_argument("--bootstrap", type=int, default=1000)
