@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from polyspect.errors import WeightsError
-from polyspect.weights.convert import efficientnet_lite_to_timm, fit_state, is_efficientnet_lite, load_state
+from polyspect.weights.convert import efficientnet_lite_to_timm, fit_state, is_efficientnet_lite, load_state, read_file
 from polyspect.weights.resolve import resolve
 
 PALACE, DAISY = 698, 985  # ImageNet-1k class numbers
@@ -178,3 +178,16 @@ def test_fit_state_needs_no_counters_of_batch_norm():
     norm = torch.nn.BatchNorm2d(2)
     state = {name: tensor for name, tensor in norm.state_dict().items() if "num" not in name}
     assert set(fit_state(state, norm, "x.pth")) == set(norm.state_dict())
+
+
+def test_a_published_command_line_is_read_and_other_objects_are_not(tmp_path: Path):
+    import argparse
+    from fractions import Fraction
+
+    state = {"w": torch.ones(2)}
+    torch.save({"model": state, "args": argparse.Namespace(lr=0.1, name="uff")}, tmp_path / "uff.pth")
+    assert read_file(tmp_path / "uff.pth")["args"].lr == 0.1
+    assert torch.equal(load_state(tmp_path / "uff.pth")["w"], state["w"])
+    torch.save({"model": state, "args": argparse.Namespace(lr=Fraction(1, 3))}, tmp_path / "odd.pth")
+    with pytest.raises(WeightsError, match="never run"):
+        read_file(tmp_path / "odd.pth")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +35,9 @@ def load_state(path: str | Path) -> State:
 def read_file(path: str | Path) -> Any:
     """What a weights file (`SUFFIXES`) holds, tensors on the CPU; usually tensors by name.
 
+    Beside tensors and plain data an `argparse.Namespace` is read, a bag of values without any code of its own, in which
+    the programs of M3DM and CMDIAD keep their command line.
+
     Raises:
         WeightsError: another suffix, an unreadable file, or pickled objects that are not plain data and tensors.
     """
@@ -45,7 +50,8 @@ def read_file(path: str | Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with _settings_allowed():
+            return torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise WeightsError(f"weights file {path} cannot be read: {error.strerror or error}") from None
     except Exception as error:  # on damaged bytes the readers raise whatever they stumble over
@@ -53,6 +59,16 @@ def read_file(path: str | Path) -> Any:
             f"weights file {path} is damaged, or holds pickled objects besides tensors, which are never run "
             f"({_first_line(error)}); fetch it again, or save its state_dict as .safetensors where it is trusted"
         ) from None
+
+
+def _settings_allowed() -> AbstractContextManager[Any]:
+    """Let `torch.load` build `argparse.Namespace` beside tensors and plain data, inside the block where it can be."""
+    from torch import serialization
+
+    if hasattr(serialization, "safe_globals"):
+        return serialization.safe_globals([argparse.Namespace])
+    serialization.add_safe_globals([argparse.Namespace])  # torch 2.4 has no block for it
+    return nullcontext()
 
 
 def named_tensors(content: Any, origin: str) -> State:
