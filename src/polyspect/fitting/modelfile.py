@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import ModelFileError
 
-FORMAT = 1
+FORMAT = 2  # 1: memory banks without normalisation
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
