@@ -14,7 +14,7 @@ squared distances as its released program has them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +143,20 @@ class PointBackbone(nn.Module):
         if used:
             features[used] = self.network(torch.stack(groups), torch.stack(centres)).to(features.dtype)
         return {"groups": features, "near": near, "share": share}
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides what `forward` returns, beside the network's tensors."""
+        return {
+            "name": self.name,
+            "layers": self.network.layers,
+            "statistics": self.network.encoder.statistics,
+            "groups": self.groups,
+            "group_size": self.group_size,
+            "neighbours": self.neighbours,
+            "frame": self.frame,
+            "region": self.region,
+            "skip": self.skip,
+        }
 
     def train(self, mode: bool = True) -> PointBackbone:
         """Stay in eval mode whatever `mode` says."""

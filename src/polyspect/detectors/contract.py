@@ -174,14 +174,21 @@ class Detector(nn.Module):
         return self
 
     def extractor_key(self) -> str:
-        """sha256 of all that decides what `extract` returns: class, config and the frozen tensors, as they are now."""
-        digest = hashlib.sha256(f"{type(self).__module__}.{type(self).__qualname__}\n".encode())
-        digest.update(json.dumps(dataclasses.asdict(self.config), sort_keys=True, default=str).encode())
+        """sha256 of all that decides what `extract` returns: its settings and the frozen tensors, as they are now."""
+        digest = hashlib.sha256(json.dumps(self.extraction_settings(), sort_keys=True, default=str).encode())
         for name in self.frozen:
             for key, tensor in self.get_submodule(name).state_dict().items():
                 digest.update(f"{name}.{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
                 digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
+
+    def extraction_settings(self) -> dict[str, Any]:
+        """The settings that decide what `extract` returns; detectors that say the same share cached features.
+
+        By default the class and its whole config.
+        """
+        kind = f"{type(self).__module__}.{type(self).__qualname__}"
+        return {"detector": kind, "config": dataclasses.asdict(self.config)}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over all tensors of a fitted detector; buffers that are empty until fitted get the stored size.

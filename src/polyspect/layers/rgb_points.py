@@ -8,7 +8,7 @@ made from that when they are needed, by one sparse product (points) and one resi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,16 @@ class RGBPoints(nn.Module):
         """Modality -> name, source and sha256 of the weights."""
         both = {"rgb": self.rgb, "xyz": self.xyz}
         return {name: dict(extractor.weights_source) for name, extractor in both.items() if extractor is not None}
+
+    def settings(self, names: Sequence[str]) -> dict[str, Any]:
+        """All that decides what `forward` returns for the modalities in `names`, beside the networks' tensors."""
+        rgb, xyz = self.rgb if "rgb" in names else None, self.xyz if "xyz" in names else None
+        said: dict[str, Any] = {"extractor": "RGBPoints"}
+        if rgb is not None:
+            said["rgb"] = {"name": rgb.name, "reductions": rgb.reductions, "channels": rgb.channels}
+        if xyz is not None:
+            said["xyz"] = xyz.settings()
+        return said
 
     def forward(self, batch: Batch, names: Sequence[str] = ("rgb", "xyz")) -> dict[str, Tensor]:
         """Features of the modalities in `names`, flat, batch first.
