@@ -13,11 +13,20 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from polyspect.errors import ConfigError, DataError, NotFittedError
+from polyspect.errors import ConfigError, DataError, MissingExtraError, NotFittedError
 from polyspect.layers import coreset as coreset_module
+from polyspect.layers import memory
 from polyspect.layers.coreset import jl_dimension
-from polyspect.layers.memory import MemoryBank, greedy_coreset, nearest, reweight, sparse_random_projection
-from polyspect.layers.smoothing import pil_blur, smooth
+from polyspect.layers.memory import (
+    FaissIndex,
+    MemoryBank,
+    bank_score,
+    greedy_coreset,
+    nearest,
+    reweight,
+    sparse_random_projection,
+)
+from polyspect.layers.smoothing import smooth
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "reference" / "golden"
 
@@ -212,6 +221,58 @@ def test_equal_bank_vectors_give_the_lower_index():
         nearest(bank, bank, 13)
 
 
+@pytest.mark.parametrize("count", [1, 2, 7])
+@pytest.mark.parametrize("rows", [1, 31, 33, 640, 1000])
+def test_short_selections_find_the_smallest_entries(count: int, rows: int):
+    if count > rows:
+        count = rows
+    values = torch.randint(0, 40, (9, rows), generator=torch.Generator().manual_seed(rows)).float()  # many ties
+    padded = torch.nn.functional.pad(values, (0, -rows % memory.STRIPES), value=torch.inf)
+    smallest, columns = memory._smallest(padded, count, rows)
+    assert_close(smallest, values.sort(dim=1).values[:, :count])
+    assert_close(values.gather(1, columns), smallest)
+    assert all(len(set(row)) == count for row in columns.tolist())
+
+
+def test_queries_that_are_not_finite_get_no_finite_distance():
+    queries, bank = torch.full((2, 5), torch.nan), random(700, 5)
+    distances, indices = nearest(queries, bank)
+    assert not bool(distances.isfinite().any())
+    assert bool((indices < 700).all())
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("case", ["gaussian", "tight", "copies"])
+def test_faiss_gives_the_same_distances_and_indices(case: str, k: int):
+    pytest.importorskip("faiss", reason="FAISS is not installed: pip install 'polyspect[faiss]'")
+    centre = 300 * random(1, 48)
+    bank, queries = {
+        "gaussian": (random(3000, 48), random(500, 48, seed=1)),
+        "tight": (
+            torch.cat([centre + 1e-3 * random(200, 48, seed=1), 1e4 * random(4, 48, seed=2)]),
+            centre + 1e-3 * random(30, 48, seed=3),
+        ),
+        "copies": (random(40, 48).repeat(3, 1), random(40, 48)),
+    }[case]
+    found, expected = FaissIndex(bank).nearest(queries, k), nearest(queries, bank, k)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    built = built_bank(bank, ratio=1.0, backend="faiss")
+    assert torch.equal(built.distance(queries)[0], expected[0][:, 0])
+    built.vectors.mul_(2)  # the index notices
+    assert torch.equal(built.distance(2 * queries)[1], expected[1][:, 0])
+
+
+def test_absent_faiss_is_answered_with_the_install_line(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    bank = built_bank(random(10, 3), backend="faiss")
+    with pytest.raises(MissingExtraError, match=r"polyspect\[faiss\]"):
+        bank.distance(random(2, 3))
+    for settings in ({"backend": "annoy"}, {"storage": "int8"}):
+        with pytest.raises(ConfigError, match="memory bank"):
+            MemoryBank("rgb", **settings)  # type: ignore[arg-type]
+
+
 # -- re-weighting ----------------------------------------------------------------------------------------------------
 
 
@@ -233,6 +294,28 @@ def test_weights_survive_distances_that_overflow_exp():
     weight = reweight(torch.tensor([5e4]), torch.tensor([[5e4, 5e4, 5e4]]), 4)
     assert_close(weight, torch.tensor([0.5]))
     assert reweight(torch.tensor([3.0]), torch.tensor([[3.0]]), 4).item() == 1
+
+
+def test_a_guard_is_added_to_the_sum():
+    worst, around = torch.tensor([2.0]), torch.tensor([[2.0, 2, 4]])
+    expected = 1 - np.exp(1) / (np.exp(1) + np.exp(2) + 0.25)
+    assert_close(reweight(worst, around, 4, guard=0.25), torch.tensor([expected]).float())
+
+
+def test_score_of_a_bank_written_as_loops():
+    rows, patches = random(30, 6), random(3, 10, 6, seed=1)
+    bank = built_bank(rows, ratio=1.0)
+    for shrink, guard in ((1.0, 0.0), (7.0, 0.3)):
+        score, distances = bank_score(bank, patches, guard=guard, shrink=shrink)
+        for b, part in enumerate(patches):
+            d = (part[:, None] - rows).norm(dim=2)
+            assert_close(distances[b], d.amin(1))
+            p = int(d.amin(1).argmax())
+            match = int(d[p].argmin())
+            around = (rows - rows[match]).norm(dim=1).argsort()[1:3]
+            sum_ = (d[p, around] / shrink / 6**0.5).exp().sum() + guard
+            s = d[p, match] / shrink
+            assert_close(score[b], (1 - (s / 6**0.5).exp() / sum_) * s)
 
 
 # -- the bank --------------------------------------------------------------------------------------------------------
@@ -292,6 +375,91 @@ def test_level_is_mean_and_deviation_of_all_observed_distances():
         bank.set_level()
 
 
+def test_normalised_bank_holds_and_compares_normalised_patches():
+    patches, query = 5 + 3 * random(600, 8), 5 + 3 * random(20, 8, seed=1)
+    bank = MemoryBank("rgb", ratio=0.1, normalise=True)
+    for part in patches.split(37):
+        bank.add(part)
+    mean, std = patches.double().mean().item(), patches.double().std().item()
+    assert bank.statistics() == pytest.approx((mean, std), rel=1e-12)
+    bank.build()
+    scaled = (patches - mean) / std
+    assert_close(bank.vectors, scaled[greedy_loop(patches, 60)])
+    assert_close(bank.distance(query)[0], nearest((query - mean) / std, bank.vectors)[0][:, 0])
+    plain = built_bank(patches, ratio=0.1)
+    assert_close(bank.distance(query)[0] * std, plain.distance(query)[0], rtol=1e-5, atol=0)
+    score, around = bank_score(bank, query[None])[0], bank.around(query[:1], torch.tensor([4]), 3)
+    assert_close(around * std, plain.around(query[:1], torch.tensor([4]), 3), rtol=1e-5, atol=1e-6)
+    other = MemoryBank("rgb", normalise=True)
+    other.vectors = torch.empty_like(bank.vectors)
+    other.load_state_dict(bank.state_dict())
+    assert_close(bank_score(other, query[None])[0], score)
+
+
+def test_given_statistics_replace_a_banks_own():
+    patches = random(50, 4)
+    bank = MemoryBank("rgb", ratio=1.0, normalise=True)
+    bank.add(patches)
+    bank.build(statistics=(0.5, 2.0))
+    assert_close(bank.vectors, (patches - 0.5) / 2)
+    with pytest.raises(DataError, match="no statistics"):
+        bank.statistics()
+    bank.add(torch.ones(5, 4))
+    with pytest.raises(DataError, match="deviation 0"):
+        bank.build()
+    plain = MemoryBank("rgb")
+    plain.add(patches)
+    with pytest.raises(ConfigError, match="does not normalise"):
+        plain.build(statistics=(0.5, 2.0))
+
+
+def test_half_precision_bank_measures_to_the_rounded_vectors():
+    patches, query = random(300, 20), random(40, 20, seed=1)
+    bank, full = built_bank(patches, ratio=0.2, storage="float16"), built_bank(patches, ratio=0.2)
+    assert bank.vectors.dtype == torch.float16
+    assert torch.equal(bank.vectors, full.vectors.half())
+    distances, matches = bank.distance(query)
+    direct = (query.double() - bank.vectors[matches].double()).norm(dim=1)
+    assert distances.dtype == torch.float32
+    assert_close(distances, direct.float(), rtol=1e-6, atol=0)
+    assert_close(distances, full.distance(query)[0], rtol=0, atol=20**0.5 * 2**-10)  # entries below 4 are off by 2^-10
+    assert_close(bank.around(query, matches, 3)[:, 0], distances)
+    with pytest.raises(DataError, match="beyond float16"):
+        built_bank(torch.full((4, 2), 1e6), storage="float16")
+
+
+def test_estimate_names_what_the_bank_takes():
+    patches = random(3000, 400)
+    bank = MemoryBank("rgb", ratio=0.1, storage="float16", max_bytes=4 * 400 * 2000)
+    estimate = bank.estimate(*patches.shape)
+    for part in patches.split(500):
+        bank.add(part)
+    assert estimate.pool == bank._pool.take().nbytes == 4 * 400 * 2000
+    bank.build()
+    assert estimate.stored == bank.vectors.nbytes == 2 * 400 * 200
+    assert estimate.projection == 4 * 2000 * jl_dimension(2000, 0.9)
+    assert estimate.peak == estimate.pool + estimate.projection + estimate.coreset + estimate.stored
+    assert str(estimate).startswith(f"{estimate.peak / 2**20:.0f} MiB to build (pool 3, ")
+    whole = MemoryBank("rgb", ratio=1.0).estimate(1000, 50)
+    assert whole == (200_000, 0, 0, 200_000)
+
+
+@pytest.mark.slow
+def test_building_takes_about_the_estimate():
+    script = (
+        "import resource, torch\n"
+        "from polyspect.layers.memory import MemoryBank\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "warm = MemoryBank('warm'); warm.add(torch.rand(2000, 400)); warm.build()\n"
+        "bank, generator = MemoryBank('rgb', ratio=0.02), torch.Generator().manual_seed(0)\n"
+        "first = peak()\n"
+        "for _ in range(60): bank.add(torch.randn(1000, 600, generator=generator))\n"
+        "bank.build(); print((peak() - first) * 1024 / bank.estimate(60000, 600).peak)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert 0.6 < float(done.stdout) < 1.2
+
+
 def test_bank_refuses_what_it_cannot_use():
     with pytest.raises(DataError, match="no patch"):
         MemoryBank("rgb").build()
@@ -312,25 +480,3 @@ def test_smoothing_keeps_a_constant_and_never_exceeds_the_maximum(blur: str):
     assert float(smooth(maps, blur, 4.0).max()) <= float(maps.max())  # type: ignore[arg-type]
     empty = torch.zeros(1, 8, 8)
     assert torch.equal(smooth(empty, blur, 4.0), empty)  # type: ignore[arg-type]
-
-
-@pytest.mark.skipif(not (GOLDEN / "04_m3dm_uff_scores.npz").is_file(), reason="the golden files are not there")
-def test_scores_and_map_of_published_code():
-    golden = np.load(GOLDEN / "04_m3dm_uff_scores.npz")
-    mean, std = float(golden["rgb_only_mean"]), float(golden["rgb_only_std"])
-    patches, rows = (torch.from_numpy((golden[name] - mean) / std).float() for name in ("patches_rgb", "bank_rgb"))
-    bank = MemoryBank("rgb")
-    bank.vectors = rows
-    distances, matches = bank.distance(patches)
-    assert_close(distances, torch.from_numpy(golden["rgb_only_D"]), rtol=1e-5, atol=0)
-    assert_close(matches, torch.from_numpy(golden["rgb_only_nn_idx"]))
-    worst = int(distances.argmax())
-    around = bank.around(patches[worst][None], matches[worst][None], 3)
-    assert_close(around[0, 1:], torch.from_numpy(golden["rgb_only_mstar_knn_dist"]), rtol=1e-5, atol=0)
-    weight = reweight(distances[worst][None], around, patches.shape[1])
-    assert_close(weight.double()[0], torch.tensor(float(golden["rgb_only_w"])).double(), rtol=1e-5, atol=0)
-    grid = distances.view(1, 1, 4, 4)
-    large = torch.nn.functional.interpolate(grid, size=(224, 224), mode="bilinear", align_corners=False)[:, 0]
-    blurred = pil_blur(large, 4).flatten()[:: int(golden["rgb_only_map__stride"])]
-    expected = torch.from_numpy(golden["rgb_only_map__sample"]).flatten()
-    assert_close(blurred, expected, rtol=0, atol=float(expected.max()) / 255 + 1e-6)

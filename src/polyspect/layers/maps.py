@@ -121,10 +121,16 @@ class MapMoments:
         self._state = count, mean, square
 
     def take(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Counts, means and standard deviations, each (K,), 0 where nothing was kept; starts afresh."""
+        """What `read` says; starts afresh."""
+        moments = self.read()
+        self._state = None
+        return moments
+
+    def read(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Counts, means and standard deviations, each (K,), 0 where nothing was kept."""
         if self._state is None:
             return (torch.zeros(0, dtype=torch.float64),) * 3
-        (count, mean, square), self._state = self._state, None
+        count, mean, square = self._state
         return count, mean, (square / count.clamp(min=1)).sqrt()
 
 

@@ -12,18 +12,27 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, DataError, NotFittedError
+from ..errors import ConfigError, DataError, MissingExtraError, NotFittedError
 from ..samples import check_shapes
-from .coreset import ROWS, greedy_coreset, sparse_random_projection
+from .coreset import ROWS, greedy_coreset, jl_dimension, sparse_random_projection
 from .maps import MapMoments
 from .reservoir import Reservoir
 
-__all__ = ["MemoryBank", "greedy_coreset", "nearest", "reweight", "sparse_random_projection"]
+__all__ = [
+    "BankBytes",
+    "FaissIndex",
+    "MemoryBank",
+    "bank_score",
+    "greedy_coreset",
+    "nearest",
+    "reweight",
+    "sparse_random_projection",
+]
 
 log = logging.getLogger("polyspect")
 
@@ -77,6 +86,22 @@ class _Side:
         length = torch.linalg.vector_norm(self.shifted, dim=1)
         self.radius, self.norm = length.max(), length.square()  # K'
         self.norm[K:] = torch.inf
+        self._double: tuple[Tensor, Tensor] | None = None
+
+    def double(self) -> tuple[Tensor, Tensor]:
+        """`shifted` and `norm` in float64, made when first needed."""
+        if self._double is None:
+            wide = self.shifted.new_zeros(self.shifted.shape, dtype=torch.float64)
+            torch.sub(self.bank.double(), self.centre, out=wide[: len(self.bank)])
+            norm = wide.square().sum(1)
+            norm[len(self.bank) :] = torch.inf
+            self._double = wide, norm
+        return self._double
+
+    def slack(self, moved: Tensor) -> Tensor:
+        """Twice the largest error (Q,) of a squared distance in product form; `moved` are queries less the centre."""
+        D = moved.shape[1]
+        return 2 * _roundoff(moved) * (D + 8) * (moved.norm(dim=1) + self.radius).square()
 
 
 def _nearest_block(queries: Tensor, side: _Side, k: int, product: Tensor) -> tuple[Tensor, Tensor]:
@@ -84,8 +109,7 @@ def _nearest_block(queries: Tensor, side: _Side, k: int, product: Tensor) -> tup
     bank, K = side.bank, len(side.bank)
     moved = queries - side.centre
     torch.addmm(side.norm, moved, side.shifted.T, alpha=-2, out=product)  # squared distances less |q|^2
-    # |error of an entry| <= slack / 2, so a row left out can only be nearer if its gap to the candidates is small
-    slack = 2 * _roundoff(queries) * (queries.shape[1] + 8) * (moved.norm(dim=1) + side.radius).square()
+    slack = side.slack(moved)  # a row left out can only be nearer if its gap to the candidates is below it
     distances = torch.empty(len(queries), k, dtype=queries.dtype, device=queries.device)
     indices = torch.empty(len(queries), k, dtype=torch.int64, device=queries.device)
     unsure = torch.arange(len(queries), device=queries.device)
@@ -99,10 +123,10 @@ def _nearest_block(queries: Tensor, side: _Side, k: int, product: Tensor) -> tup
             return distances, indices
         if count > k and len(unsure) > FEW:
             break
+    wide, norm = side.double()
     for rows in unsure.split(max(1, len(queries) // 2)):  # float64 entries are twice as large
-        wide = (bank.double() - side.centre).T  # D K
-        product64 = torch.addmm(wide.square().sum(0), queries[rows].double() - side.centre, wide, alpha=-2)
-        candidates = product64.topk(min(k + 4, K), largest=False).indices
+        product64 = torch.addmm(norm, queries[rows].double() - side.centre, wide.T, alpha=-2)
+        candidates = _smallest(product64, min(k + 4, K), K)[1]
         distances[rows], indices[rows] = _rank(queries[rows], bank, candidates, k)
     return distances, indices
 
@@ -144,8 +168,48 @@ def _roundoff(x: Tensor) -> float:
     return torch.finfo(x.dtype).eps / 2 if exact else 2.0**-8  # TF32 and bfloat16 products
 
 
+class FaissIndex:
+    """`nearest` with candidates from FAISS's flat index, on the CPU; same distances, same indices.
+
+    Raises:
+        MissingExtraError: FAISS is not installed.
+    """
+
+    def __init__(self, bank: Tensor) -> None:
+        try:
+            import faiss
+        except ImportError as error:
+            raise MissingExtraError(
+                "a memory bank with `backend='faiss'` needs FAISS: pip install 'polyspect[faiss]', or use 'torch'"
+            ) from error
+        self._side = _Side(bank.detach().cpu())
+        self._index: Any = faiss.IndexFlatL2(bank.shape[1])
+        self._index.add(self._side.shifted[: len(bank)].numpy())
+
+    def nearest(self, queries: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
+        """As the function of that name."""
+        bank, device = self._side.bank, queries.device
+        if not 1 <= k <= len(bank):
+            raise ConfigError(f"{k} nearest neighbours were asked for, but the bank has {len(bank)} vectors")
+        queries = queries.detach().cpu()
+        moved = queries - self._side.centre
+        values, candidates = map(torch.from_numpy, self._index.search(moved.numpy(), min(k + 5, len(bank))))
+        distances, indices = _rank(queries, bank, candidates.clamp(min=0), k)  # -1 stands where a query is not finite
+        if len(bank) > k + 4:
+            unsure = (~(values[:, k + 4] - values[:, k - 1] > self._side.slack(moved))).nonzero()[:, 0]
+            if len(unsure):
+                distances[unsure], indices[unsure] = nearest(queries[unsure], bank, k)
+        return distances.to(device), indices.to(device)
+
+
 def reweight(
-    worst: Tensor, around: Tensor, dim: int, form: Literal["btf", "patchcore"] = "btf", *, scaled: bool = True
+    worst: Tensor,
+    around: Tensor,
+    dim: int,
+    form: Literal["btf", "patchcore"] = "btf",
+    *,
+    scaled: bool = True,
+    guard: float = 0.0,
 ) -> Tensor:
     """The weight w of Eq. 2, by which an image's worst distance is multiplied.
 
@@ -158,6 +222,7 @@ def reweight(
         form: ``"patchcore"`` sums over all n rows, as in the paper; ``"btf"`` leaves m* out of the sum, as the code of
             BTF and of its descendants does, so that w lies in [1/2, 1).
         scaled: Divide distances by sqrt(D) first, as that code does; the paper does not.
+        guard: Added to the sum, as M3DM's single-bank classes add 1e-5.
 
     Returns:
         (B,), no overflow however large the distances. 1 where the sum is empty.
@@ -167,7 +232,60 @@ def reweight(
     if rows.shape[1] == 0:
         return torch.ones_like(worst)
     divisor = math.sqrt(dim) if scaled else 1.0
-    return 1 - torch.exp(-torch.logsumexp((rows - worst[:, None]) / divisor, dim=1))  # Eq. 2, without overflow
+    exponents = (rows - worst[:, None]) / divisor
+    if guard > 0:
+        exponents = torch.cat([exponents, math.log(guard) - worst[:, None] / divisor], dim=1)
+    return 1 - torch.exp(-torch.logsumexp(exponents, dim=1))  # Eq. 2, without overflow
+
+
+def bank_score(
+    bank: MemoryBank,
+    patches: Tensor,
+    n: int = 3,
+    form: Literal["btf", "patchcore"] = "btf",
+    *,
+    scaled: bool = True,
+    guard: float = 0.0,
+    shrink: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Image scores (B,) and patch distances (B, P) of parts' patches (B, P, D) by one bank, as M3DM scores them.
+
+    The score is w s*: the distance of the worst patch, weighted by Eq. 2.
+
+    Args:
+        n: Rows around the worst patch's match that w looks at, the match included.
+        form: As in `reweight`, like `scaled` and `guard`.
+        shrink: What distances are divided by in w and in the score. M3DM's two-bank class has 1000, so that w is 1/2.
+
+    Raises:
+        NotFittedError: the bank was not built.
+    """
+    check_shapes(patches=(patches, "B P D"))
+    B, P, D = patches.shape
+    distances, matches = (found.view(B, P) for found in bank.distance(patches.flatten(0, 1)))
+    worst, place = distances.max(1)
+    row = torch.arange(B, device=place.device)
+    around = bank.around(patches[row, place], matches[row, place], n)
+    weight = reweight(worst / shrink, around / shrink, D, form, scaled=scaled, guard=guard)
+    return weight * worst / shrink, distances
+
+
+class BankBytes(NamedTuple):
+    """Memory that a bank takes, in bytes."""
+
+    pool: int  # collected patches, on the host
+    projection: int  # the projected patches, on the bank's device; patches that are not projected but moved there
+    coreset: int  # what the selection takes beside: bounds, centres, blocks
+    stored: int  # the finished bank
+
+    @property
+    def peak(self) -> int:
+        """While it is built."""
+        return sum(self)
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size / 2**20:.0f}" for name, size in zip(self._fields, self))
+        return f"{self.peak / 2**20:.0f} MiB to build ({parts})"
 
 
 class MemoryBank(nn.Module):
@@ -185,10 +303,18 @@ class MemoryBank(nn.Module):
         seed: Of the projection, and of the sample drawn when there are too many patches.
         max_bytes: Most bytes of collected patches. Beyond it they are a uniform random sample of all patches
             (reservoir sampling), and `build` logs a warning with both counts.
+        normalise: Shift and scale all patches by two numbers, mean and deviation of the training patches' entries.
+        storage: ``"float16"`` halves the bank; distances are those to the rounded vectors, in float32.
+        backend: ``"faiss"`` finds candidates by FAISS (an optional extra) on the CPU; the results are the same.
+
+    Raises:
+        ConfigError: `storage` or `backend` is unknown.
     """
 
     growing: ClassVar[tuple[str, ...]] = ("vectors",)
     vectors: Tensor  # M, (K, D); empty until built
+    feature_mean: Tensor  # what `normalise` subtracts and divides by, () float64
+    feature_std: Tensor
     counts: Tensor  # patches seen and patches that the selection could choose from, (2,) int64
     mean: Tensor  # of held-out distances, () float64
     std: Tensor
@@ -203,28 +329,84 @@ class MemoryBank(nn.Module):
         start: int = 0,
         seed: int = 0,
         max_bytes: int = 4 * 2**30,
+        normalise: bool = False,
+        storage: Literal["float32", "float16"] = "float32",
+        backend: Literal["torch", "faiss"] = "torch",
     ) -> None:
         super().__init__()
+        if storage not in ("float32", "float16"):
+            raise ConfigError(f"`storage` of a memory bank must be 'float32' or 'float16', got '{storage}'")
+        if backend not in ("torch", "faiss"):
+            raise ConfigError(f"`backend` of a memory bank must be 'torch' or 'faiss', got '{backend}'")
         self.name, self.ratio, self.limit, self.eps, self.start, self.seed = name, ratio, limit, eps, start, seed
-        self.max_bytes = max_bytes
-        self.register_buffer("vectors", torch.empty(0, 0))
+        self.max_bytes, self.normalise, self.storage, self.backend = max_bytes, normalise, storage, backend
+        self.register_buffer("vectors", torch.empty(0, 0, dtype=getattr(torch, storage)))
         self.register_buffer("counts", torch.zeros(2, dtype=torch.int64))
         self.register_buffer("mean", torch.zeros((), dtype=torch.float64))
         self.register_buffer("std", torch.ones((), dtype=torch.float64))
+        self.register_buffer("feature_mean", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("feature_std", torch.ones((), dtype=torch.float64))
         self._pool = Reservoir(max_bytes, seed)
-        self._moments = MapMoments()
+        self._moments = MapMoments()  # of held-out distances
+        self._entries = MapMoments()  # of training patches
+        self._index: tuple[Tensor, int, FaissIndex] | None = None  # with the `vectors` that it is of, and their version
+
+    def estimate(self, rows: int, dimension: int) -> BankBytes:
+        """Memory that `build` will take for `rows` patches of `dimension`.
+
+        The selection's blocks are those of its start; it enlarges them while distances tie or nearly tie.
+        """
+        kept = max(1, min(rows, self.max_bytes // (4 * dimension)))
+        size = self._size(kept)
+        stored = size * dimension * torch.finfo(self.vectors.dtype).bits // 8
+        if size == kept:
+            return BankBytes(4 * kept * dimension, 0, 0, stored)
+        shrunk = min(jl_dimension(kept, self.eps), dimension) if kept > 1 else dimension
+        projected = shrunk < dimension or self.vectors.device.type != "cpu"
+        coreset = 24 * kept + 8 * size * shrunk + 3 * 8 * min(ROWS, kept) * shrunk
+        return BankBytes(4 * kept * dimension, 4 * kept * shrunk if projected else 0, coreset, stored)
 
     def add(self, patches: Tensor) -> None:
         """Take in training patches (n, D); they are copied to host memory."""
         check_shapes(patches=(patches, "n D"))
-        self._pool.add(patches.detach().float().cpu())
+        patches = patches.detach().float().cpu()
+        self._pool.add(patches)
+        if self.normalise:
+            for rows in patches.split(ROWS):
+                flat = rows.reshape(1, 1, 1, -1)
+                self._entries.add(flat, torch.ones_like(flat, dtype=torch.bool))
 
-    def build(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Choose the bank from what was added, and forget the rest.
+    def statistics(self) -> tuple[float, float]:
+        """Mean and standard deviation (n - 1) of all entries of the patches added since the last `build`.
 
         Raises:
-            DataError: nothing was added, or something that is not a finite number.
+            DataError: none was added, or the bank does not normalise.
         """
+        count, mean, std = self._entries.read()
+        if not count.sum() > 1:
+            raise DataError(f"memory bank '{self.name}' has no statistics: `normalise` is off or no patch was added")
+        n = float(count[0])
+        return float(mean[0]), float(std[0]) * math.sqrt(n / (n - 1))
+
+    def build(
+        self,
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        statistics: tuple[float, float] | None = None,
+    ) -> None:
+        """Choose the bank from what was added, and forget the rest.
+
+        Args:
+            progress: See `greedy_coreset`.
+            statistics: What `normalise` subtracts and divides by; None: this bank's own `statistics`.
+
+        Raises:
+            ConfigError: `statistics` are given, but the bank does not normalise.
+            DataError: nothing was added, or something that is not a finite number, or patches that do not vary, or
+                numbers that `storage` cannot hold.
+        """
+        if statistics is not None and not self.normalise:
+            raise ConfigError(f"memory bank '{self.name}' got statistics but does not normalise; set `normalise`")
         seen, pool = self._pool.seen, self._pool.take()
         self._pool = Reservoir(self.max_bytes, self.seed)
         if len(pool) == 0:
@@ -239,11 +421,26 @@ class MemoryBank(nn.Module):
                 "memory bank '%s': %d patches of dimension %d exceed the limit of %.1f GiB; its coreset is chosen from "
                 "a random sample of %d of them", self.name, seen, pool.shape[1], self.max_bytes / 2**30, len(pool)
             )  # fmt: skip
-        size = max(1, int(self.ratio * len(pool)))
-        size = size if self.limit is None else min(size, self.limit)
-        device = self.vectors.device
-        self.vectors = (pool if size == len(pool) else self._select(pool, size, progress)).to(device)
+        log.info("memory bank '%s': %d patches, %s", self.name, len(pool), self.estimate(*pool.shape))
+        if self.normalise:
+            mean, std = self.statistics() if statistics is None else statistics
+            if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+                raise DataError(f"memory bank '{self.name}' cannot be normalised by mean {mean:g}, deviation {std:g}")
+            self.feature_mean.fill_(mean)
+            self.feature_std.fill_(std)
+            pool.sub_(mean).div_(std)
+        self._entries = MapMoments()
+        size = self._size(len(pool))
+        vectors = (pool if size == len(pool) else self._select(pool, size, progress)).to(self.vectors)
+        if not bool(torch.isfinite(vectors).all()):
+            raise DataError(f"memory bank '{self.name}' has values beyond float16; set `storage` to 'float32'")
+        self.vectors = vectors
         self.counts.copy_(torch.tensor([seen, len(pool)]))
+
+    def _size(self, patches: int) -> int:
+        """How many of `patches` the bank keeps."""
+        size = max(1, int(self.ratio * patches))
+        return size if self.limit is None else min(size, self.limit)
 
     def _select(self, pool: Tensor, size: int, progress: Callable[[int, int], None] | None) -> Tensor:
         """The coreset of `pool` (N, D), chosen in the projected space on this module's device."""
@@ -285,13 +482,31 @@ class MemoryBank(nn.Module):
         """
         if len(self.vectors) == 0:
             raise NotFittedError(f"memory bank '{self.name}' is empty: fit the detector before scoring")
-        distances, indices = nearest(patches, self.vectors)
+        patches = self._normalised(patches)
+        if self.backend == "torch":
+            distances, indices = nearest(patches, self.vectors.float())
+        else:
+            distances, indices = self._faiss().nearest(patches)
         return distances[:, 0], indices[:, 0]
 
     def around(self, patches: Tensor, match: Tensor, n: int) -> Tensor:
         """Distances (B, n) of `patches` (B, D) to the `n` rows nearest to their `match` (B,), the match first."""
-        _, rows = nearest(self.vectors[match], self.vectors, min(n, len(self.vectors)))
-        return (self.vectors[rows] - patches[:, None]).norm(dim=2)
+        vectors = self.vectors.float()
+        _, rows = nearest(vectors[match], vectors, min(n, len(vectors)))
+        return (vectors[rows] - self._normalised(patches)[:, None]).norm(dim=2)
+
+    def _normalised(self, patches: Tensor) -> Tensor:
+        if not self.normalise:
+            return patches
+        return (patches - self.feature_mean.to(patches)) / self.feature_std.to(patches)
+
+    def _faiss(self) -> FaissIndex:
+        """The index of `vectors`, made anew when they are others."""
+        vectors = self.vectors
+        version = 0 if vectors.is_inference() else vectors._version
+        if self._index is None or self._index[0] is not vectors or self._index[1] != version:
+            self._index = vectors, version, FaissIndex(vectors.float())
+        return self._index[2]
 
     def standardise(self, distances: Tensor) -> Tensor:
         """Distances in standard deviations above the mean of held-out good patches."""
