@@ -214,6 +214,7 @@ class M3DM(Detector):
             "uff_warmup": 50,
             "uff_batch": 4,
             "uff_patches": 512,
+            "uff_rate": 1e-4,
             "bank_limit": 1_000,
         },
     }
@@ -302,10 +303,7 @@ class M3DM(Detector):
         starts = range(0, B, step)
         if len(starts) == 1:
             return {"contrast": self._contrast(features)}
-        terms = [
-            cast(Tensor, checkpoint(self._contrast, _some(features, at, at + step), use_reentrant=False))
-            for at in starts
-        ]
+        terms = [checkpoint(self._contrast, _some(features, at, at + step), use_reentrant=False) for at in starts]
         return {"contrast": torch.stack(terms).mean()}
 
     def _contrast(self, features: Features) -> Tensor:
