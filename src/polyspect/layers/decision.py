@@ -121,9 +121,21 @@ class DecisionLayer(nn.Module):
         Raises:
             NotFittedError: `fit` was not called.
         """
+        self._check_fitted()
+        return x @ self.weight.to(x)
+
+    def shares(self, x: Tensor) -> Tensor:
+        """The summands w_j x_j of Eq. 3, one per value: (..., F).
+
+        Raises:
+            NotFittedError: `fit` was not called.
+        """
+        self._check_fitted()
+        return x * self.weight.to(x)
+
+    def _check_fitted(self) -> None:
         if int(self.counts[1]) == 0:
             raise NotFittedError("the decision layer has no weights: fit the detector before scoring")
-        return x @ self.weight.to(x)
 
 
 def minimum_norm(rows: np.ndarray, nu: float) -> tuple[np.ndarray, float]:

@@ -393,12 +393,14 @@ class MemoryBank(nn.Module):
         progress: Callable[[int, int], None] | None = None,
         *,
         statistics: tuple[float, float] | None = None,
+        size: int | None = None,
     ) -> None:
         """Choose the bank from what was added, and forget the rest.
 
         Args:
             progress: See `greedy_coreset`.
             statistics: What `normalise` subtracts and divides by; None: this bank's own `statistics`.
+            size: Patches to keep instead of the share `ratio`; `limit` holds all the same.
 
         Raises:
             ConfigError: `statistics` are given, but the bank does not normalise.
@@ -430,16 +432,16 @@ class MemoryBank(nn.Module):
             self.feature_std.fill_(std)
             pool.sub_(mean).div_(std)
         self._entries = MapMoments()
-        size = self._size(len(pool))
+        size = self._size(len(pool), size)
         vectors = (pool if size == len(pool) else self._select(pool, size, progress)).to(self.vectors)
         if not bool(torch.isfinite(vectors).all()):
             raise DataError(f"memory bank '{self.name}' has values beyond float16; set `storage` to 'float32'")
         self.vectors = vectors
         self.counts.copy_(torch.tensor([seen, len(pool)]))
 
-    def _size(self, patches: int) -> int:
+    def _size(self, patches: int, wanted: int | None = None) -> int:
         """How many of `patches` the bank keeps."""
-        size = max(1, int(self.ratio * patches))
+        size = max(1, min(patches, int(self.ratio * patches) if wanted is None else wanted))
         return size if self.limit is None else min(size, self.limit)
 
     def _select(self, pool: Tensor, size: int, progress: Callable[[int, int], None] | None) -> Tensor:

@@ -89,6 +89,8 @@ def worst_patch(
     form: Reweighting,
     scaled: bool,
     n: int,
+    guard: float = 0.0,
+    divisor: float = 1.0,
 ) -> Tensor:
     """w d of each part's worst patch, (B,) (PatchCore Eq. 7).
 
@@ -99,17 +101,18 @@ def worst_patch(
         patches: (B, h, w, C).
         distances, matches: Of `match_patches`.
         counts: (B, h, w) bool.
-        form, scaled: See `polyspect.layers.memory.reweight`; form ``"none"`` is w = 1.
+        form, scaled, guard: See `polyspect.layers.memory.reweight`; form ``"none"`` is w = 1.
         n: Rows of the bank around the match that w looks at, the match included.
+        divisor: What distances are divided by, in w and in d.
     """
     B, C = len(patches), patches.shape[-1]
     flat = torch.where(counts, distances, -1.0).flatten(1)
     place = flat.argmax(1)  # B
     row = torch.arange(B, device=place.device)
-    worst = distances.flatten(1)[row, place]
+    worst = distances.flatten(1)[row, place] / divisor
     if form == "none":
         return worst
     match = matches.flatten(1)[row, place]
-    around = bank.around(patches.flatten(1, 2)[row, place], match, n)
-    weight = reweight(worst, around, C, form, scaled=scaled)
+    around = bank.around(patches.flatten(1, 2)[row, place], match, n) / divisor
+    weight = reweight(worst, around, C, form, scaled=scaled, guard=guard)
     return torch.where(counts.flatten(1).any(1), weight * worst, worst)
