@@ -19,7 +19,13 @@ from polyspect.model import Model
 from tiny import TinyParts, blinded, take, tiny_batch
 
 TRAIN, VALIDATION = TinyParts(range(12)), TinyParts(range(100, 104))
-SHORT = {"epochs": 4, "batch_size": 4}  # applied where a method has such a setting
+SHORT = {  # applied where a method has such a setting
+    "epochs": 4,
+    "batch_size": 4,
+    "point_weights": "random",
+    "groups": 64,
+    "group_size": 16,
+}
 
 
 def short_config(name: str):
