@@ -121,3 +121,16 @@ def test_rgb_and_points_meet_on_one_grid(backbone):
     points = point_patches(features, (16, 16))
     assert torch.equal(points.abs().sum(-1) > 0, measured_patches(features, (16, 16)))
     assert set(extractor(batch, ("rgb",))) == {"rgb.grid", "valid", "foreground"}
+
+
+def test_methods_with_one_extractor_share_cached_features():
+    from polyspect.detectors import detector_class
+    from polyspect.detectors.contract import configure
+
+    def key(name: str, **settings):
+        kind = detector_class(name)
+        chosen = {"point_weights": "random", "groups": 24, "group_size": 8, "point_layers": (0, 1)}
+        return kind(configure(kind, chosen | settings)).extractor_key()
+
+    assert key("m3dm", banks=("xyz", "rgb"), nu=0.3) == key("m3dm") == key("cfm", epochs=3)
+    assert len({key("m3dm"), key("m3dm", groups=25), key("m3dm", banks=("xyz",)), key("m3dm", seed=1)}) == 4

@@ -64,6 +64,7 @@ class ImageBackbone(nn.Module):
         seed: int = 0,
         fold_bn: bool = False,
         final_norm: bool = False,
+        blocks: int | None = None,
     ) -> None:
         """Build the network and load its weights.
 
@@ -76,15 +77,19 @@ class ImageBackbone(nn.Module):
             fold_bn: Fold batch norm into the convolutions: faster, but the statistics can no longer be adapted.
             final_norm: For transformers on one grid (ViT): apply the network's final LayerNorm to the patch tokens, as
                 M3DM and CMDIAD do with DINO. Without it they are the last block's raw output.
+            blocks: For transformers on one grid: keep the first so many blocks, for less time and memory (CFM's layer
+                pruning). None keeps all.
 
         Raises:
             ConfigError: unknown backbone, a reduction that it does not have (lists what it has), batch norms that
-                cannot be folded, or no final norm.
+                cannot be folded, no final norm, or `blocks` that it does not have.
             WeightsError: the weights cannot be had (lists the places looked at) or do not fit.
         """
         super().__init__()
         architecture = KNOWN[name].network or name if name in KNOWN else name
         stages = last_stages(name, reductions)
+        if blocks is not None:
+            stages = _first_blocks(name, architecture, stages, blocks)
         self.name = name
         self.reductions = tuple(stage.reduction for stage in stages)
         self.channels = tuple(stage.channels for stage in stages)
@@ -198,6 +203,16 @@ def last_stages(name: str, reductions: Sequence[int]) -> list[Stage]:
             f"name one or more of them, each once"
         )
     return sorted(stages[reduction] for reduction in reductions)
+
+
+def _first_blocks(name: str, architecture: str, stages: Sequence[Stage], blocks: int) -> list[Stage]:
+    """The stage behind the first `blocks` blocks of a transformer on one grid."""
+    known = _stages(architecture)
+    if len({stage.reduction for stage in known}) > 1 or [stage.number for stage in known] != list(range(len(known))):
+        raise ConfigError(f"`blocks` is for transformers on one grid (vit_...), '{name}' is none: leave it None")
+    if not 1 <= blocks <= len(known):
+        raise ConfigError(f"`blocks` of backbone '{name}' must be in 1..{len(known)}, got {blocks}")
+    return [known[blocks - 1] for _ in stages]
 
 
 @lru_cache

@@ -18,6 +18,7 @@ DETECTORS: dict[str, str] = {
     "forward_distillation": "polyspect.detectors.forward_distillation:ForwardDistillation",
     "btf": "polyspect.detectors.btf:BTF",
     "m3dm": "polyspect.detectors.m3dm:M3DM",
+    "cfm": "polyspect.detectors.cfm:CFM",
 }
 
 

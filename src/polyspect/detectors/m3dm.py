@@ -24,7 +24,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -259,6 +259,10 @@ class M3DM(Detector):
     def extract(self, batch: Batch) -> Features:
         """Tokens of RGB, features of the point groups, and which groups every pixel listens to."""
         return self.extractor(batch, self.modalities)
+
+    def extraction_settings(self) -> dict[str, Any]:
+        """Those of the extractor alone, which other methods share."""
+        return self.extractor.settings(self.modalities)
 
     def stages(self) -> Sequence[Stage]:
         """Train feature fusion, fill the banks, measure their level on validation parts, learn how to weigh them."""

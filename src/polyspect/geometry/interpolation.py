@@ -18,9 +18,11 @@ columns.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -224,6 +226,85 @@ def pool_pixels(
     return _pooled(index, weight, columns, pixels, size, patches, window, None)
 
 
+def pool_pixels_at(
+    index: Tensor,
+    weight: Tensor,
+    columns: int,
+    size: tuple[int, int],
+    patches: tuple[int, int],
+    rows: Tensor,
+    *,
+    window: int = 3,
+) -> LinearMap:
+    """Some rows of the map of `pool_pixels`, of one cloud: where patches are as fine as pixels and few are wanted.
+
+    Args:
+        index: (H*W, k) int64 or int16, the groups that a pixel listens to.
+        weight: (H*W, k), how much; 0 where a pixel has no point.
+        columns: G, groups of the cloud.
+        size, patches, window: See `points_to_patches`.
+        rows: (R,) int64, the patches wanted, ``i * w + j``.
+
+    Returns:
+        The map from (1, G, C) to (1, R, C).
+
+    Raises:
+        ConfigError: as `points_to_patches`.
+        ShapeError: `index` and `weight` do not fit each other or the image.
+        DataError: a row lies outside the grid.
+    """
+    (H, W), (h, w), R = size, patches, len(rows)
+    check_shapes(index=(index, f"{H * W} k"), weight=(weight, f"{H * W} k"), rows=(rows, "R"))
+    if bool(((rows < 0) | (rows >= h * w)).any()):
+        raise DataError(f"`rows` must be patches of a grid of {h}x{w}, 0 to {h * w - 1}, counted as row * w + column")
+    y, y_share = _pixels_of_cells(rows // w, H, h, window)  # R m
+    x, x_share = _pixels_of_cells(rows % w, W, w, window)  # R n
+    pixel = (y[:, :, None] * W + x[:, None, :]).flatten(1)  # R m*n
+    share = (y_share[:, :, None] * x_share[:, None, :]).flatten(1)
+    value = (share[..., None] * weight[pixel]).flatten(1)  # R m*n*k
+    column = torch.where(value > 0, index[pixel].flatten(1).int(), columns)
+    column, order = column.sort(dim=1, stable=True)
+    total = F.pad(value.gather(1, order).cumsum(1), (1, 0))  # equal columns of a row are neighbours now
+    last = F.pad(column[:, 1:] != column[:, :-1], (0, 1), value=True)
+    kept = last & (column < columns)
+    row, place = kept.nonzero().unbind(1)
+    end = total[row, place + 1]
+    start = F.pad(end[:-1], (1, 0))  # where the entry before ended, if it is of this row
+    begins = F.pad(row[1:] != row[:-1], (1, 0), value=True)
+    value = torch.where(begins[: len(row)], end, end - start)
+    offset = F.pad(kept.sum(1).cumsum(0), (1, 0))
+    return LinearMap(1, R, columns, offset, column[row, place].long(), value.to(weight.dtype))
+
+
+def enlarge_at(grid: tuple[int, int], size: tuple[int, int], rows: Tensor) -> LinearMap:
+    """Some rows of bilinear interpolation (corners not aligned) from a grid h x w to H x W pixels.
+
+    Args:
+        grid: h, w.
+        size: H, W.
+        rows: (R,) int64, the pixels wanted, ``row * W + column``.
+
+    Returns:
+        The map from (1, h*w, C) to (1, R, C).
+    """
+    (h, w), (H, W) = grid, size
+    y, y_share = _bilinear(rows // W, H, h)  # R 2
+    x, x_share = _bilinear(rows % W, W, w)
+    column = (y[:, :, None] * w + x[:, None, :]).flatten()
+    weight = (y_share[:, :, None] * x_share[:, None, :]).flatten()
+    offset = 4 * torch.arange(len(rows) + 1, device=rows.device)
+    return LinearMap(1, len(rows), h * w, offset, column, weight.float())
+
+
+def _bilinear(position: Tensor, size: int, cells: int) -> tuple[Tensor, Tensor]:
+    """The two cells between which each position (R,) along an axis lies, and their shares: (R, 2) each."""
+    place = ((position.double() + 0.5) * cells / size - 0.5).clamp(0, cells - 1)
+    low = place.floor()
+    beyond = place - low
+    cell = torch.stack([low, (low + 1).clamp(max=cells - 1)], 1).long()
+    return cell, torch.stack([1 - beyond, beyond], 1)
+
+
 def _pooled(
     index: Tensor,
     weight: Tensor,
@@ -278,6 +359,27 @@ def _pool_axis(position: Tensor, size: int, cells: int, window: int) -> tuple[Te
     Cell i is the mean over the window means i L / cells (rounded down) to (i + 1) L / cells (rounded up), of the
     L = size - window + 1 there are.
     """
+    table = _pooling(size, cells, window)
+    pixel = np.arange(size)
+    first = (table > 0).argmax(axis=0)  # the cells that a pixel reaches are neighbours
+    reach = first[:, None] + np.arange(int((table > 0).sum(axis=0).max()))  # size m
+    share = np.where(reach < cells, table[np.minimum(reach, cells - 1), pixel[:, None]], 0)
+    return tuple(torch.from_numpy(part).to(position.device)[position] for part in (reach, share))  # type: ignore[return-value]
+
+
+def _pixels_of_cells(cell: Tensor, size: int, cells: int, window: int) -> tuple[Tensor, Tensor]:
+    """The positions along an axis that each cell (n,) averages, and their shares: (n, m) each, share 0 where none."""
+    table = _pooling(size, cells, window)
+    first = (table > 0).argmax(axis=1)  # the pixels of a cell are neighbours
+    reach = np.minimum(first[:, None] + np.arange(int((table > 0).sum(axis=1).max())), size - 1)  # cells m
+    share = np.take_along_axis(table, reach, axis=1)
+    share[:, 1:] *= reach[:, 1:] > reach[:, :-1]  # the last pixel counts once
+    return tuple(torch.from_numpy(part).to(cell.device)[cell] for part in (reach, share))  # type: ignore[return-value]
+
+
+@lru_cache(maxsize=16)
+def _pooling(size: int, cells: int, window: int) -> NDArray[np.float64]:
+    """The matrix (cells, size) of pooling along an axis, see `_pool_axis`; read only."""
     L = size - window + 1
     if L < 1 or window < 1 or cells < 1:
         raise ConfigError(
@@ -289,11 +391,9 @@ def _pool_axis(position: Tensor, size: int, cells: int, window: int) -> tuple[Te
     adaptive = ((low <= j) & (j < high)) / (high - low)  # cells L
     start, pixel = np.arange(L)[:, None], np.arange(size)
     means = ((start <= pixel) & (pixel < start + window)) / window  # L size
-    table = adaptive @ means  # cells size
-    first = (table > 0).argmax(axis=0)  # the cells that a pixel reaches are neighbours
-    reach = first[:, None] + np.arange(int((table > 0).sum(axis=0).max()))  # size m
-    share = np.where(reach < cells, table[np.minimum(reach, cells - 1), pixel[:, None]], 0)
-    return tuple(torch.from_numpy(part).to(position.device)[position] for part in (reach, share))  # type: ignore[return-value]
+    table: NDArray[np.float64] = adaptive @ means
+    table.flags.writeable = False
+    return table
 
 
 def _merge(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:

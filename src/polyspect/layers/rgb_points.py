@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ..backbones.image import ImageBackbone
 from ..backbones.points import PointBackbone, patch_features
+from ..geometry.interpolation import LinearMap, enlarge_at, pool_pixels_at
 from ..samples import Batch, Features
 from .patches import join_stages
 
@@ -76,10 +77,21 @@ class RGBPoints(nn.Module):
         return (stages[0] if len(stages) == 1 else join_stages(stages, None)).float()
 
 
-def image_backbone(name: str, reductions: Sequence[int], weights: str, pretrained: bool, seed: int) -> ImageBackbone:
-    """The image backbone of these methods; of a plain vision transformer the normed tokens, as they use DINO."""
+def image_backbone(
+    name: str, reductions: Sequence[int], weights: str, pretrained: bool, seed: int, blocks: int | None = None
+) -> ImageBackbone:
+    """The image backbone of these methods; of a plain vision transformer the normed tokens, as they use DINO.
+
+    `blocks`: how many of its first blocks are kept, see `ImageBackbone`.
+    """
     return ImageBackbone(
-        name, reductions=reductions, weights=weights, pretrained=pretrained, seed=seed, final_norm=is_plain_vit(name)
+        name,
+        reductions=reductions,
+        weights=weights,
+        pretrained=pretrained,
+        seed=seed,
+        final_norm=is_plain_vit(name),
+        blocks=blocks,
     )
 
 
@@ -135,6 +147,24 @@ def groups_on_grid(grid: Tensor, counted: Tensor, neighbours: int = 3) -> dict[s
     near[..., 0] = cell.to(torch.int16)
     share[..., 0] = counted.flatten(1).float()
     return {"groups": grid.flatten(2).mT.contiguous(), "near": near, "share": share}
+
+
+def rgb_pixels(features: Features, pixels: Tensor) -> LinearMap:
+    """The map from a part's own grid cells (1, h*w, D) to some pixels (1, P, D), bilinear, as `rgb_patches`.
+
+    Args:
+        features: With ``rgb.grid`` and ``valid``.
+        pixels: (P,) int64, ``row * W + column``.
+    """
+    (h, w), (H, W) = features["rgb.grid"].shape[-2:], features["valid"].shape[-2:]
+    return enlarge_at((h, w), (H, W), pixels)
+
+
+def point_pixels(features: Features, part: int, pixels: Tensor, window: int = 3) -> LinearMap:
+    """The map from one part's groups (1, G, D) to some pixels (1, P, D), as `point_patches` on the grid of pixels."""
+    size = (int(features["valid"].shape[-2]), int(features["valid"].shape[-1]))
+    near, share, columns = features["xyz.near"][part], features["xyz.share"][part], features["xyz.groups"].shape[1]
+    return pool_pixels_at(near, share, columns, size, size, pixels, window=window)
 
 
 def measured_patches(features: Features, grid: Grid, window: int = 3) -> Tensor:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Literal
 
+from ..errors import WeightsError
 from .convert import State
 from .renaming import rename, unwrap
 
@@ -116,3 +117,16 @@ def feature_mapping_state(content: Any, network: nn.Module, origin: str = "the C
     names = {"input.": "input.", "output.": "output.", "projection.": "hidden.0."}
     names |= {f"projection_{letter}.": f"hidden.{index}." for index, letter in enumerate("abcde")}
     return rename(unwrap(content, "model", origin), network, names, (), origin)
+
+
+def feature_mapping_widths(content: Any, origin: str = "the CFM checkpoint") -> tuple[int, int]:
+    """Channels that the network of a CFM file takes and gives: 768, 1152 in a 2Dto3D file, 1152, 768 in a 3Dto2D file.
+
+    Raises:
+        WeightsError: it is no such file (names the tensor that is missing).
+    """
+    state = unwrap(content, "model", origin)
+    for name in ("input.weight", "output.weight"):
+        if name not in state or state[name].ndim != 2:
+            raise WeightsError(f"{origin} has no matrix '{name}', which every mapping network of CFM has")
+    return int(state["input.weight"].shape[1]), int(state["output.weight"].shape[0])
