@@ -3,15 +3,15 @@
 Pang et al., "Masked Autoencoders for Point Cloud Self-supervised Learning" (ECCV 2022). With groups x_g of M points
 minus their centre c_g, of which the set m is hidden:
 
-    h     = LN(encoder blocks of the visible tokens)                                                     (1)
-    z     = decoder blocks of [h, a mask token for every hidden group], positions P'(c) added again before every block (2)
-    y_g   = W LN(z_g), 32 points, for g in m                                                              (3)
-    loss  = mean over g in m of  mean_p min_q |y_gp - x_gq|^2 + mean_q min_p |y_gp - x_gq|^2             (4)  "l2"
-    or      mean over g in m of (mean_p min_q |y_gp - x_gq|   + mean_q min_p |y_gp - x_gq|) / 2          (5)  "l1"
+    h     = LN(encoder blocks of the visible tokens)                                               (1)
+    z     = decoder blocks of [h, a mask token per hidden group], positions P'(c) added before each (2)
+    y_g   = W LN(z_g), 32 points, for g in m                                                        (3)
+    loss  = mean over g in m of  mean_p min_q |y_gp - x_gq|^2 + mean_q min_p |y_gp - x_gq|^2        (4)  "l2"
+    or      mean over g in m of (mean_p min_q |y_gp - x_gq|   + mean_q min_p |y_gp - x_gq|) / 2     (5)  "l1"
 
-Differs from the released program: hidden groups do not pass through the token PointNet, whose tokens it throws away, so
-that batch norms see visible groups only; and norms take the statistics of each cloud, as they do when the encoder is used
-(`point_transformer`), where the program takes those of the batch.
+Differs from the released program: hidden groups, whose tokens it throws away, do not pass through the token PointNet,
+so that batch norms see visible groups only; and norms take the statistics of each cloud, as they do when the encoder is
+used (`point_transformer`), where the program takes those of the batch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,13 @@ class PointMAE(nn.Module):
     mask_token: Tensor
 
     def __init__(
-        self, size: str = "base", *, decoder_blocks: int = 4, points: int = 32, drop_path: float = 0.1, chunk: int = 8192
+        self,
+        size: str = "base",
+        *,
+        decoder_blocks: int = 4,
+        points: int = 32,
+        drop_path: float = 0.1,
+        chunk: int = 8192,
     ) -> None:
         """Build the network; every number is drawn from torch's global generator, so seed that (`contract.seeded`).
 
@@ -75,7 +81,9 @@ class PointMAE(nn.Module):
         self.apply(_initialise)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
-    def forward(self, groups: Tensor, centres: Tensor, hidden: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def forward(
+        self, groups: Tensor, centres: Tensor, hidden: Tensor, generator: torch.Generator | None = None
+    ) -> Tensor:
         """Predicted points (B * hidden groups, points, 3) minus their group's centre, cloud by cloud.
 
         Args:
@@ -167,7 +175,7 @@ def hide_groups(centres: Tensor, ratio: float, masking: Masking, generator: torc
     Args:
         centres: (B, G, 3).
         ratio: In (0, 1); at least one group must be hidden and one seen.
-        masking: ``"random"``: any groups. ``"block"``: a group drawn at random and those whose centres are nearest to it.
+        masking: ``"random"``: any groups. ``"block"``: a group drawn at random and those with the nearest centres.
         generator: On the CPU.
 
     Raises:

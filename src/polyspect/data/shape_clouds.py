@@ -8,8 +8,8 @@ away from the camera). None of it imitates the categories of `data.synthetic`, w
     sheet     a thin bent and waved surface with an outline and holes
     tubes     round rods along smooth curves
 
-Then: roughness of one scale, bumps and dents, grooves; a tilt; perspective; the sensor's noise, slanted and single points
-missing. Some clouds keep the table that the thing lies on.
+Then: roughness of one scale, bumps and dents, grooves; a tilt; perspective; the sensor's noise, slanted and single
+points missing. Some clouds keep the table that the thing lies on.
 """
 
 from __future__ import annotations
@@ -129,10 +129,10 @@ def _convex(rng: Rng, u: Array, v: Array, place: Array, scale: float) -> tuple[A
     ray = R[:, 2] / size
     kind = rng.integers(3)
     if kind == 0:
-        return _roots(ray @ ray, origin @ ray, (origin**2).sum(-1) - 1)
+        return _roots(float(ray @ ray), origin @ ray, (origin**2).sum(-1) - 1)
     if kind == 1:
         a, b = ray[:2], origin[..., :2]
-        enter, leave = _roots(a @ a + 1e-12, b @ a, (b**2).sum(-1) - 1)
+        enter, leave = _roots(float(a @ a) + 1e-12, b @ a, (b**2).sum(-1) - 1)
         normals = np.array([[0.0, 0, 1], [0, 0, -1]])
     else:
         enter, leave = np.full_like(u, -np.inf), np.full_like(u, np.inf)
@@ -193,7 +193,7 @@ def _tubes(rng: Rng, u: Array, v: Array) -> tuple[Array, Array]:
     for _ in range(rng.integers(1, 4)):
         t = np.linspace(0, 1, 60)
         knots = np.cumsum(rng.normal(0, 0.6, (4, 2)), 0)
-        curve = sum(np.outer(_bernstein(t, i), knots[i]) for i in range(4))
+        curve = np.stack([_bernstein(t, i) for i in range(4)], axis=1) @ knots  # 60 2
         curve = (curve - curve.mean(0)) / max(np.abs(curve - curve.mean(0)).max(), 1e-6) * rng.uniform(0.4, 0.8)
         radius = rng.uniform(0.08, 0.22)
         lift = radius + rng.uniform(0, 0.3) * np.sin(np.pi * t * rng.uniform(0, 2))
@@ -225,7 +225,7 @@ def _detail(rng: Rng, u: Array, v: Array, height: Array, mask: Array) -> Array:
     for _ in range(rng.integers(0, 8)):
         x, y = rng.uniform(-0.8, 0.8, 2)
         radius = 10 ** rng.uniform(-1.4, -0.5)
-        reach = np.exp(-(((u - x) ** 2 + (v - y) ** 2) / radius**2) ** rng.choice([1, 2]))
+        reach = np.exp(-((((u - x) ** 2 + (v - y) ** 2) / radius**2) ** rng.choice([1, 2])))
         change += rng.choice([-1, 1]) * radius * rng.uniform(0.05, 0.5) * reach
     for _ in range(rng.integers(0, 3)):
         angle, offset, width = rng.uniform(0, np.pi), rng.uniform(-0.5, 0.5), rng.uniform(0.02, 0.08)

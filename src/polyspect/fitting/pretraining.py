@@ -168,7 +168,9 @@ def pretrain(
     network.encoder.eval()  # the fast form of the token PointNet, with the same gradients
     optimizer = torch.optim.AdamW(parameter_groups(network, config.weight_decay), lr=config.lr, betas=(0.9, 0.999))
     identity = _identity(source, config)
-    start, curve, recent, before = 0, [], [], 0.0
+    start, before = 0, 0.0
+    curve: list[tuple[int, float]] = []
+    recent: list[float] = []
     if resume and checkpoint is not None and checkpoint.is_file():
         start, curve, recent, before = _load(checkpoint, identity, network, optimizer)
     elif resume:
@@ -301,10 +303,10 @@ def _update(
     groups, centres = draw_batch(source, config, step)
     generator = torch.Generator().manual_seed(derive_seed(config.seed, 3, step))
     hidden = hide_groups(centres, config.mask_ratio, config.masking, generator)
-    inputs = (tensor.to(device) for tensor in (groups, centres, hidden))
+    groups, centres, hidden = groups.to(device), centres.to(device), hidden.to(device)
     for entry in optimizer.param_groups:
         entry["lr"] = learning_rate(config, step)
-    loss = network.loss(*inputs, generator, config.loss)
+    loss = network.loss(groups, centres, hidden, generator, config.loss)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
