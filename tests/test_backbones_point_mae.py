@@ -140,6 +140,33 @@ def test_predictions_belong_to_their_own_group():
     assert (z[1] - y[1]).abs().max() > 2 * (z[0] - y[0]).abs().max()
 
 
+def test_normalised_losses_do_not_depend_on_how_small_groups_are():
+    (groups, centres), hidden = clouds(), torch.zeros(2, 10, dtype=torch.bool)
+    hidden[:, :4] = True
+    with torch.no_grad():
+        net = small(normalise=True)
+        loss = net.loss(groups, centres, hidden)
+        assert_close(net.loss(groups / 8, centres, hidden), loss, rtol=0.05, atol=0)  # eps of the norms
+        unit = groups[:, 4:].square().sum(3).mean((1, 2)).sqrt()  # B
+        y = net(groups, centres, hidden).view(2, 4, 5, 3) / unit[:, None, None, None]
+        target = groups[:, :4] / unit[:, None, None, None]
+        assert_close(chamfer(y.flatten(0, 1), target.flatten(0, 1)).mean(), loss)
+        plain = small()
+        assert_close(plain(groups, centres, hidden).view(2, 4, 5, 3), y)
+
+
+def test_the_visible_term_is_the_loss_of_the_visible_groups():
+    net, (groups, centres) = small(), clouds()
+    hidden = hide_groups(centres, 0.6, "random", generator())
+    with torch.no_grad():
+        masked, both, double = (net.loss(groups, centres, hidden, visible_weight=w) for w in (0.0, 1.0, 2.0))
+        assert_close(double - both, both - masked)
+        changed = torch.where(hidden[..., None, None], groups + 1, groups)
+        moved = [net.loss(changed, centres, hidden, visible_weight=w) for w in (0.0, 1.0)]
+        assert_close(moved[1] - moved[0], both - masked)
+        assert both > masked
+
+
 def test_drop_path_is_drawn_from_the_generator_and_only_in_train_mode():
     net, (groups, centres) = small(drop_path=0.5), clouds()
     hidden = hide_groups(centres, 0.6, "random", generator())

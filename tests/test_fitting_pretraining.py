@@ -57,7 +57,7 @@ def state(trained) -> dict[str, torch.Tensor]:
 
 
 def test_the_rate_rises_over_ten_of_three_hundred_epochs_and_falls_as_a_cosine():
-    config = PretrainingConfig(steps=301, lr=1e-3)
+    config = PretrainingConfig(steps=301, lr=1e-3, warmup=PAPER["warmup"])
     assert learning_rate(config, 0) == pytest.approx(1e-6)
     assert learning_rate(config, 5) == pytest.approx(1e-6 + (1e-3 - 1e-6) / 2)
     assert learning_rate(config, 10) == pytest.approx(1e-3)
@@ -82,6 +82,7 @@ def test_weight_decay_spares_vectors_and_the_mask_token():
 def test_the_papers_settings():
     config = PretrainingConfig(**PAPER)
     assert (config.size, config.batch_size, config.points, config.groups) == ("base", 128, 1024, (64, 64))
+    assert (config.visible_weight, config.normalise) == (0, False)
     assert (config.lr, config.weight_decay, config.mask_ratio, config.loss) == (1e-3, 0.05, 0.6, "l2")
 
 

@@ -298,13 +298,13 @@ def _add_pretraining(command: Callable[..., argparse.ArgumentParser]) -> None:
     clouds.add_argument("--shapes", type=int, metavar="N", help="N made-up shapes as a depth camera sees them")
     sub.add_argument("--out", required=True, help="file to write, .safetensors")
     length = sub.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=int, help="updates (default: 1500)")
+    length.add_argument("--steps", type=int, help="updates (default: 800)")
     length.add_argument("--epochs", type=float, help="passes over the clouds, instead of --steps")
     sub.add_argument("--paper", action="store_true", help="the paper's settings and size where none is given here")
     sub.add_argument("--size", choices=["small", "base"], help="of the network (default: small)")
     sub.add_argument("--batch-size", type=int, help="clouds per update (default: 16)")
     sub.add_argument("--points", type=int, help="points drawn from a cloud (default: 4096)")
-    for name, what, default in (("groups", "groups per cloud", "48 128"), ("group-size", "points per group", "24 48")):
+    for name, what, default in (("groups", "groups per cloud", "48 80"), ("group-size", "points per group", "24 32")):
         sub.add_argument(
             f"--{name}",
             type=int,

@@ -10,8 +10,9 @@ minus their centre c_g, of which the set m is hidden:
     or      mean over g in m of (mean_p min_q |y_gp - x_gq|   + mean_q min_p |y_gp - x_gq|) / 2     (5)  "l1"
 
 Differs from the released program: hidden groups, whose tokens it throws away, do not pass through the token PointNet,
-so that batch norms see visible groups only; and norms take the statistics of each cloud, as they do when the encoder is
-used (`point_transformer`), where the program takes those of the batch.
+so that batch norms see visible groups only; norms take the statistics of each cloud, as they do in use
+(`point_transformer`), where the program takes those of the batch; and layers start as torch starts them. (With
+deviations of 0.02 throughout, as there, the positions of a narrow network start at about a thousandth.)
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ class PointMAE(nn.Module):
         decoder_blocks: int = 4,
         points: int = 32,
         drop_path: float = 0.1,
+        normalise: bool = False,
         chunk: int = 8192,
     ) -> None:
         """Build the network; every number is drawn from torch's global generator, so seed that (`contract.seeded`).
@@ -57,6 +59,8 @@ class PointMAE(nn.Module):
             points: Predicted per hidden group; the group itself may have another number.
             drop_path: Share of the last block's branches that are dropped in train mode, growing linearly from 0 in the
                 first block, in the encoder and again in the decoder.
+            normalise: Predict, and measure the loss, in units of the root mean square of the visible points of each
+                cloud. With small groups the head then need not find out how small. The paper does not.
             chunk: Points that the token PointNet takes at a time.
 
         Raises:
@@ -72,13 +76,12 @@ class PointMAE(nn.Module):
             raise ConfigError(f"unknown size '{size}' of the point transformer: {nearest_names(size, SIZES)}")
         shape = SIZES[size]
         self.encoder = PointTransformer((shape.blocks - 1,), size=size, chunk=chunk)
-        self.points, self.drop_path = points, drop_path
+        self.points, self.drop_path, self.normalise = points, drop_path, normalise
         self.mask_token = nn.Parameter(torch.zeros(shape.width))
         self.decoder_position = position_layers(shape)
         self.decoder = nn.ModuleList(Block(shape.width, shape.heads) for _ in range(decoder_blocks))
         self.decoder_norm = nn.LayerNorm(shape.width)
         self.head = nn.Linear(shape.width, 3 * points)
-        self.apply(_initialise)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(
@@ -96,13 +99,49 @@ class PointMAE(nn.Module):
             ShapeError: shapes do not fit. ConfigError: clouds that hide different numbers, none or all groups.
         """
         sizes = check_shapes(groups=(groups, "B G M 3"), centres=(centres, "B G 3"), hidden=(hidden, "B G"))
-        B, G = sizes["B"], sizes["G"]
+        G = sizes["G"]
+        count = self._count_hidden(hidden)
+        y, _, unit = self._predict(groups, centres, hidden, generator)
+        return (y * unit)[:, G - count :].flatten(0, 1)
+
+    def loss(
+        self,
+        groups: Tensor,
+        centres: Tensor,
+        hidden: Tensor,
+        generator: torch.Generator | None = None,
+        kind: Loss = "l2",
+        visible_weight: float = 0.0,
+    ) -> Tensor:
+        """Eq. 4 or 5 of a batch, arguments as `forward`.
+
+        With `visible_weight`, the loss of the visible groups, predicted from their own tokens behind the decoder, is
+        added with that weight. The paper has no such term.
+        """
+        count = self._count_hidden(hidden)
+        y, order, unit = self._predict(groups, centres, hidden, generator)
+        target = groups[torch.arange(len(groups), device=groups.device)[:, None], order] / unit
+        seen = groups.shape[1] - count
+        loss = chamfer(y[:, seen:].flatten(0, 1), target[:, seen:].flatten(0, 1), kind).mean()
+        if visible_weight == 0:
+            return loss
+        return loss + visible_weight * chamfer(y[:, :seen].flatten(0, 1), target[:, :seen].flatten(0, 1), kind).mean()
+
+    def _count_hidden(self, hidden: Tensor) -> int:
         count = int(hidden[0].sum())
-        if not 0 < count < G or bool((hidden.sum(1) != count).any()):
+        if not 0 < count < hidden.shape[1] or bool((hidden.sum(1) != count).any()):
             raise ConfigError(
                 "every cloud of a batch must hide the same number of groups and show one at least; hidden are "
-                f"{hidden.sum(1).tolist()} of {G}"
+                f"{hidden.sum(1).tolist()} of {hidden.shape[1]}"
             )
+        return count
+
+    def _predict(
+        self, groups: Tensor, centres: Tensor, hidden: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Points (B, G, points, 3) of all groups, visible ones first; that order (B, G); their unit (B, 1, 1, 1)."""
+        B, G = hidden.shape
+        count = self._count_hidden(hidden)
         order = hidden.to(torch.uint8).argsort(dim=1, stable=True)  # B G, visible ones first
         visible = order[:, : G - count]
         seen = groups[torch.arange(B, device=groups.device)[:, None], visible]  # B V M 3
@@ -115,22 +154,8 @@ class PointMAE(nn.Module):
         position = self.decoder_position(gather_rows(centres, order))
         for block, keep in zip(self.decoder, self._keep(len(self.decoder), z, generator)):
             z = block(z + position, keep=keep)  # Eq. 2
-        y = self.head(self.decoder_norm(z[:, G - count :]))  # Eq. 3
-        return y.view(B * count, self.points, 3)
-
-    def loss(
-        self,
-        groups: Tensor,
-        centres: Tensor,
-        hidden: Tensor,
-        generator: torch.Generator | None = None,
-        kind: Loss = "l2",
-    ) -> Tensor:
-        """Eq. 4 or 5 of a batch, arguments as `forward`."""
-        predicted = self(groups, centres, hidden, generator)
-        order = hidden.to(torch.uint8).argsort(dim=1, stable=True)[:, -int(hidden[0].sum()) :]
-        target = groups[torch.arange(len(groups), device=groups.device)[:, None], order].flatten(0, 1)
-        return chamfer(predicted, target, kind).mean()
+        unit = seen.square().sum(3).mean((1, 2)).sqrt().clamp(min=1e-6) if self.normalise else seen.new_ones(B)
+        return self.head(self.decoder_norm(z)).view(B, G, self.points, 3), order, unit.view(B, 1, 1, 1)  # Eq. 3
 
     def _keep(self, blocks: int, h: Tensor, generator: torch.Generator | None) -> list[Tensor | None]:
         """Factors (2, B, 1, 1) per block: 0 for a dropped branch of a cloud, 1 / (1 - rate) for a kept one."""
@@ -194,10 +219,3 @@ def hide_groups(centres: Tensor, ratio: float, masking: Masking, generator: torc
         raise ConfigError(f"`masking` must be 'random' or 'block', got '{masking}'")
     chosen = key.argsort(dim=1, stable=True)[:, :count].to(centres.device)
     return torch.zeros(B, G, dtype=torch.bool, device=centres.device).scatter_(1, chosen, True)
-
-
-def _initialise(layer: nn.Module) -> None:
-    if isinstance(layer, nn.Linear):
-        nn.init.trunc_normal_(layer.weight, std=0.02)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
