@@ -33,6 +33,6 @@ def test_padding_counts_for_nothing_and_a_cloud_without_extent_comes_out_as_zero
     assert_close(unit[1], to_unit_frame(points[1:])[0])
     assert not bool(to_unit_frame(torch.ones(1, 4, 3)).any())
     assert not bool(to_unit_frame(torch.ones(1, 4, 3), torch.zeros(1, 4, dtype=torch.bool)).any())
+    valid[0, 6] = True
     with pytest.raises(DataError, match="row 6 of cloud 0"):
-        valid[0, 6] = True
         to_unit_frame(padded, valid)
