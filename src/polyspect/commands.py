@@ -395,6 +395,47 @@ def run_weights_import(a: argparse.Namespace) -> int:
     return 0
 
 
+def run_weights_pretrain(a: argparse.Namespace) -> int:
+    """Pre-train a point transformer and write its encoder."""
+    out = Path(a.out).expanduser()
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"--out must name a .safetensors file, got '{a.out}'")
+    if not out.parent.is_dir():
+        raise ConfigError(f"the folder of --out '{a.out}' does not exist: make it first")
+    import math
+
+    from .data.cloud_folder import CloudFolder
+    from .data.shape_clouds import ShapeClouds
+    from .fitting.pretraining import PAPER, CloudSource, PretrainingConfig, pretrain, write_encoder
+    from .fitting.progress import TerminalProgress
+
+    names = ("size", "steps", "batch_size", "points", "groups", "group_size", "mask_ratio", "masking", "loss", "lr")
+    given = {name: getattr(a, name) for name in names if getattr(a, name) is not None}
+    for name in ("groups", "group_size"):
+        if len(given.get(name, ())) == 1:
+            given[name] *= 2
+    settings = {**(PAPER if a.paper else {}), **given, "seed": a.seed}
+    source: CloudSource = CloudFolder(a.clouds) if a.clouds else ShapeClouds(a.shapes, a.seed)
+    if a.epochs is not None:
+        batch = settings.get("batch_size", PretrainingConfig.batch_size)
+        settings["steps"] = math.ceil(a.epochs * len(source) / batch)
+    config = PretrainingConfig(**settings)
+    checkpoint = out.with_suffix(".checkpoint.safetensors")
+    trained = pretrain(
+        source, config, device=a.device, checkpoint=checkpoint, resume=a.resume, progress=TerminalProgress()
+    )
+    write_encoder(out, trained, source, config, half=not a.fp32)
+    size, loss = out.stat().st_size, trained.curve[-1][1]
+    shown = {"out": str(out), "bytes": size, "steps": config.steps, "loss": loss, "seconds": round(trained.seconds, 1)}
+    text = (
+        f"{out}: point transformer of size {config.size}, {size / 1e6:.2f} MB\n"
+        f"{config.steps} updates on {len(source)} clouds in {trained.seconds / 60:.1f} minutes, last loss {loss:.4g}\n"
+        f"{checkpoint} is no longer needed"
+    )
+    _emit(a, shown | {"curve": trained.curve}, text)
+    return 0
+
+
 def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 

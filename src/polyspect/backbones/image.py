@@ -194,8 +194,8 @@ def last_stages(name: str, reductions: Sequence[int]) -> list[Stage]:
         ConfigError: unknown backbone; no reduction wanted, one wanted twice, or one that the network does not have.
     """
     architecture = KNOWN[name].network or name if name in KNOWN else name
-    if name not in KNOWN:
-        describe(name)  # raises for what timm does not know, naming the nearest
+    if describe(name).kind != "image":  # raises for what timm does not know, naming the nearest
+        raise ConfigError(f"backbone '{name}' is a network of points and takes no images: see `load_point_transformer`")
     stages = {stage.reduction: stage for stage in _stages(architecture)}  # later ones replace earlier ones
     if not reductions or len(set(reductions)) != len(reductions) or not set(reductions) <= set(stages):
         raise ConfigError(

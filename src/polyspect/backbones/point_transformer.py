@@ -29,29 +29,46 @@ In eval mode `forward` computes the same function with less work and bounded mem
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import ConfigError
+from ..errors import ConfigError, nearest_names
 from ..samples import check_shapes
 
 Statistics = Literal["cloud", "stored"]
 
-WIDTH = 384  # channels of a token
-HEADS = 6  # of 64 channels
-BLOCKS = 12  # in the published encoder
+
+@dataclass(frozen=True, kw_only=True)
+class PointSize:
+    """How large a point transformer is."""
+
+    width: int  # channels of a token
+    heads: int  # of an attention, width / heads channels each
+    blocks: int
+    point_channels: tuple[int, int, int]  # of a point after W1, W2 and W3; P1 is as wide as W1
+    layers: tuple[int, ...]  # blocks returned unless others are asked for: after a third, two thirds, and the last
+
+
+SIZES = {
+    "base": PointSize(width=384, heads=6, blocks=12, point_channels=(128, 256, 512), layers=(3, 7, 11)),
+    "small": PointSize(width=192, heads=3, blocks=8, point_channels=(64, 128, 256), layers=(2, 5, 7)),
+}
+"""``base`` is the published encoder; ``small`` is ours: 3,691,200 parameters, for machines without a GPU."""
 
 
 class PointTransformer(nn.Module):
-    """Features of point groups (Eqs. 1 to 5); 21,825,024 parameters with all 12 blocks.
+    """Features of point groups (Eqs. 1 to 5); 21,825,024 parameters with all 12 blocks of the size ``base``.
 
     Blocks behind the deepest wanted one are not built. Layers used by the methods, counted from 0: M3DM and CFM
     (3, 7, 11); CMDIAD (3, 11); CFM with 8 blocks (1, 4, 7), with 4 blocks (1, 2, 3), with another number only the last.
+    Numbers of channels in this file are those of ``base``.
 
     Attributes:
+        size: Name of the size.
         layers: Blocks whose outputs are returned.
         channels: Channels of the features, 384 per layer.
         encoder: `GroupEncoder` that makes the tokens.
@@ -59,30 +76,41 @@ class PointTransformer(nn.Module):
     """
 
     def __init__(
-        self, layers: Sequence[int] = (3, 7, 11), *, statistics: Statistics = "cloud", chunk: int = 8192
+        self,
+        layers: Sequence[int] | None = None,
+        *,
+        size: str = "base",
+        statistics: Statistics = "cloud",
+        chunk: int = 8192,
     ) -> None:
         """Build the network; its numbers are random until a checkpoint is loaded (`polyspect.weights.point_mae`).
 
         Args:
-            layers: Blocks to return, 0..11, ascending.
+            layers: Blocks to return, from 0, ascending; None for the size's own, (3, 7, 11).
+            size: A name in `SIZES`.
             statistics: Where the norms of the group encoder take mean and variance from.
             chunk: Points handled at a time in eval mode (about 5 kB each); whole groups, at least one.
 
         Raises:
-            ConfigError: `layers` empty, not ascending or out of range; unknown `statistics`; `chunk` below 1.
+            ConfigError: unknown size; `layers` empty, not ascending or out of range; unknown `statistics`; `chunk`
+                below 1.
         """
         super().__init__()
-        self.layers = tuple(layers)
-        if not self.layers or list(self.layers) != sorted({*self.layers} & {*range(BLOCKS)}):
+        if size not in SIZES:
+            raise ConfigError(f"unknown size '{size}' of the point transformer: {nearest_names(size, SIZES)}")
+        shape = SIZES[size]
+        self.size = size
+        self.layers = shape.layers if layers is None else tuple(layers)
+        if not self.layers or list(self.layers) != sorted({*self.layers} & {*range(shape.blocks)}):
             raise ConfigError(
-                f"`layers` of the point transformer must be ascending block numbers from 0 to {BLOCKS - 1}, each once, "
-                f"got {list(layers)}"
+                f"`layers` of the point transformer must be ascending block numbers from 0 to {shape.blocks - 1}, each "
+                f"once, got {list(self.layers)}"
             )
-        self.channels = WIDTH * len(self.layers)
-        self.encoder = GroupEncoder(statistics, chunk)
-        self.position = nn.Sequential(nn.Linear(3, 128), nn.GELU(), nn.Linear(128, WIDTH))
-        self.blocks = nn.ModuleList(Block() for _ in range(self.layers[-1] + 1))
-        self.norm = nn.LayerNorm(WIDTH)
+        self.channels = shape.width * len(self.layers)
+        self.encoder = GroupEncoder(statistics, chunk, (*shape.point_channels, shape.width))
+        self.position = position_layers(shape)
+        self.blocks = nn.ModuleList(Block(shape.width, shape.heads) for _ in range(self.layers[-1] + 1))
+        self.norm = nn.LayerNorm(shape.width)
 
     def forward(self, groups: Tensor, centres: Tensor) -> Tensor:
         """Features (B, G, 384 * layers), those of the earliest layer first.
@@ -105,8 +133,8 @@ class PointTransformer(nn.Module):
         return self._outputs(groups, centres, plain=self.training)
 
     def extra_repr(self) -> str:
-        """Layers and origin of the statistics, for printing."""
-        return f"layers={self.layers}, statistics='{self.encoder.statistics}'"
+        """Size, layers and origin of the statistics, for printing."""
+        return f"size='{self.size}', layers={self.layers}, statistics='{self.encoder.statistics}'"
 
     def _outputs(self, groups: Tensor, centres: Tensor, plain: bool) -> list[Tensor]:
         check_shapes(groups=(groups, "B G M 3"), centres=(centres, "B G 3"))
@@ -122,10 +150,21 @@ class PointTransformer(nn.Module):
         return torch.cat([self.norm(h) for h in outputs], dim=-1)  # Eq. 5
 
 
+def position_layers(size: PointSize) -> nn.Sequential:
+    """Eq. 3: from centres (..., 3) to (..., 384)."""
+    hidden = size.point_channels[0]
+    return nn.Sequential(nn.Linear(3, hidden), nn.GELU(), nn.Linear(hidden, size.width))
+
+
 class GroupEncoder(nn.Module):
     """One token per group (Eqs. 1 and 2), whatever the order of its points; 494,464 parameters."""
 
-    def __init__(self, statistics: Statistics = "cloud", chunk: int = 8192) -> None:
+    def __init__(
+        self,
+        statistics: Statistics = "cloud",
+        chunk: int = 8192,
+        channels: tuple[int, int, int, int] = (128, 256, 512, 384),
+    ) -> None:
         super().__init__()
         if statistics not in ("cloud", "stored"):
             raise ConfigError(f"`statistics` must be 'cloud' or 'stored', got '{statistics}'")
@@ -133,12 +172,13 @@ class GroupEncoder(nn.Module):
             raise ConfigError(f"`chunk` must be at least 1 point, got {chunk}")
         self.statistics = statistics
         self.chunk = chunk
-        self.local1 = nn.Linear(3, 128)  # W1
-        self.norm1 = FoldableNorm(128)
-        self.local2 = nn.Linear(128, 256)  # W2
-        self.joint1 = nn.Linear(512, 512)  # W3: the group's half of the columns, then the point's
-        self.norm2 = FoldableNorm(512)
-        self.joint2 = nn.Linear(512, WIDTH)  # W4
+        first, second, third, width = channels
+        self.local1 = nn.Linear(3, first)  # W1
+        self.norm1 = FoldableNorm(first)
+        self.local2 = nn.Linear(first, second)  # W2
+        self.joint1 = nn.Linear(2 * second, third)  # W3: the group's half of the columns, then the point's
+        self.norm2 = FoldableNorm(third)
+        self.joint2 = nn.Linear(third, width)  # W4
 
     def forward(self, groups: Tensor) -> Tensor:
         """Tokens (B, G, 384) of groups (B, G, M, 3), each cloud on its own, by the fast form."""
@@ -163,10 +203,10 @@ class GroupEncoder(nn.Module):
         cloud = self.statistics == "cloud"
         chunks = points.split(max(1, self.chunk // points.shape[1]))
         W1, b1 = self.norm1.fold(self.local1, *self._input_moments(points) if cloud else ())
-        W_group, W_local = self.joint1.weight.split(256, dim=1)
+        W_group, W_local = self.joint1.weight.chunk(2, dim=1)
         W_point = W_local @ self.local2.weight  # 512 128
 
-        tops, means, scatter = [], [], points.new_zeros(128, 128)
+        tops, means, scatter = [], [], points.new_zeros(len(W1), len(W1))
         for chunk in chunks:
             r = F.relu(F.linear(chunk, W1, b1))  # g M 128
             tops.append(F.linear(r, self.local2.weight).amax(1))
@@ -233,21 +273,31 @@ class FoldableNorm(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer block: h + attention(LN(h)), then h + mlp(LN(h)); 1,773,312 parameters."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 384, heads: int = 6) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(WIDTH)
-        self.qkv = nn.Linear(WIDTH, 3 * WIDTH, bias=False)
-        self.projection = nn.Linear(WIDTH, WIDTH)
-        self.mlp_norm = nn.LayerNorm(WIDTH)
-        self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.projection = nn.Linear(width, width)
+        self.mlp_norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
 
-    def forward(self, h: Tensor, plain: bool = False) -> Tensor:
-        """Map tokens (B, G, 384) to the same shape; `plain` writes the attention out."""
-        q, k, v = self.qkv(self.attention_norm(h)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)  # B heads G 64
+    def forward(self, h: Tensor, plain: bool = False, keep: Tensor | None = None) -> Tensor:
+        """Map tokens (B, G, 384) to the same shape.
+
+        Args:
+            h: The tokens.
+            plain: Write the attention out.
+            keep: Factors (2, B, 1, 1) of the two branches, for DropPath in pre-training; None for 1.
+        """
+        qkv = self.qkv(self.attention_norm(h))
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # B heads G 64
         if plain:
             weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)  # B heads G G
             mixed = weights @ v
         else:
             mixed = F.scaled_dot_product_attention(q, k, v)
-        h = h + self.projection(mixed.transpose(1, 2).flatten(2))
-        return h + self.mlp(self.mlp_norm(h))
+        mixed = self.projection(mixed.transpose(1, 2).flatten(2))
+        h = h + (mixed if keep is None else mixed * keep[0])
+        mixed = self.mlp(self.mlp_norm(h))
+        return h + (mixed if keep is None else mixed * keep[1])

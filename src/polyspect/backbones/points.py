@@ -23,6 +23,7 @@ from ..errors import ConfigError, DataError
 from ..geometry.interpolation import LinearMap, interpolation_weights, pool_pixels
 from ..geometry.neighbours import group, nearest_neighbours
 from ..geometry.sampling import RELEASED_SKIP, farthest_points
+from ..geometry.unit import to_unit_frame
 from ..samples import Batch, Features, check_shapes
 from .point_transformer import PointTransformer, Statistics
 from .point_weights import DEFAULT_POINT_BACKBONE, load_point_transformer
@@ -40,10 +41,10 @@ class PointBackbone(nn.Module):
     Attributes:
         name: As given.
         channels: C of the features.
-        frame: Where the network sees a cloud: ``"camera"``, metres as measured, which the published programs do; or
-            ``"unit"``, moved to its centroid and divided by its largest radius, which `point_mae_small` learned in.
         weights_source: Name, source and sha256 of the weights.
     """
+
+    in_unit_frame: Tensor  # () bool
 
     def __init__(
         self,
@@ -95,12 +96,22 @@ class PointBackbone(nn.Module):
         self.name, self.groups, self.group_size, self.neighbours = name, groups, group_size, neighbours
         self.network: PointTransformer = loaded.network
         self.weights_source = loaded.source
-        self.frame: Frame = frame or loaded.frame
+        # a buffer, so that a model file knows the frame of the weights that it holds
+        self.register_buffer("in_unit_frame", torch.tensor((frame or loaded.frame) == "unit"))
         self.region = region
         self.skip = RELEASED_SKIP if released_sampling else None
         self.channels = self.network.channels
         self.requires_grad_(False)
         self.eval()
+
+    @property
+    def frame(self) -> Frame:
+        """Where the network sees a cloud.
+
+        ``"camera"``, metres as measured, as in the published programs; ``"unit"``, moved to its centroid and divided by
+        its largest radius, in which `point_mae_small` was trained.
+        """
+        return "unit" if bool(self.in_unit_frame) else "camera"
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """Features of the parts of a batch, each on its own.
@@ -120,7 +131,7 @@ class PointBackbone(nn.Module):
     def of_clouds(self, xyz: Tensor, valid: Tensor, foreground: Tensor | None = None) -> dict[str, Tensor]:
         """As `forward`, of clouds (B, 3, H, W) that need not come from a sensor; masks (B, H, W) bool."""
         check_shapes(xyz=(xyz, "B 3 H W"), valid=(valid, "B H W"))
-        k = self.neighbours
+        k, frame = self.neighbours, self.frame
         B, pixels = len(xyz), valid[0].numel()
         near = torch.zeros(B, pixels, k, dtype=torch.int16, device=xyz.device)
         share = torch.zeros(B, pixels, k, device=xyz.device)
@@ -130,7 +141,7 @@ class PointBackbone(nn.Module):
             points = xyz[b].flatten(1).T[counted[b]].contiguous()  # N 3
             if len(points) == 0:
                 continue
-            points = to_unit(points) if self.frame == "unit" else points
+            points = to_unit_frame(points[None])[0] if frame == "unit" else points
             own_groups, own_centres = self._group(points)
             index, weight = interpolation_weights(points[None], own_centres[None], neighbours=k)
             found = index.shape[-1]  # fewer than k where G < k
@@ -186,13 +197,6 @@ class PointBackbone(nn.Module):
         if rows.shape[-1] < self.group_size:  # a small cloud: its points go round again
             rows = rows[..., torch.arange(self.group_size, device=rows.device) % rows.shape[-1]]
         return group(points[None], centres[None], rows)[0], centres
-
-
-def to_unit(points: Tensor) -> Tensor:
-    """A cloud (N, 3) moved to its centroid and divided by its largest radius; one that has no extent is only moved."""
-    centred = points - points.mean(0)
-    radius = centred.norm(dim=1).amax()
-    return centred / torch.where(radius > 0, radius, torch.ones_like(radius))
 
 
 def patch_map(features: Features, size: tuple[int, int], grid: tuple[int, int], *, window: int = 3) -> LinearMap:

@@ -46,12 +46,13 @@ class Cloud:
     normals: Array | None = None
 
 
-def read_ply(path: str | Path, size: tuple[int, int] | None = None) -> Cloud:
+def read_ply(path: str | Path, size: tuple[int, int] | None = None, *, listed: bool = False) -> Cloud:
     """Read an organised PLY file.
 
     Args:
         path: The file.
         size: (height, width) of the grid, used where the header does not state it.
+        listed: Take a list of N points without a grid for a grid of (N, 1).
 
     Raises:
         DataError: missing or truncated file, no x, y, z, or points that do not fill the grid.
@@ -69,15 +70,16 @@ def read_ply(path: str | Path, size: tuple[int, int] | None = None) -> Cloud:
             table = _binary_table(path, data, body + skip, dtype, count)
     cols, rows = sizes.get("num_cols", sizes.get("width")), sizes.get("num_rows", sizes.get("height"))
     stated = (rows, cols) if rows and cols else None
-    return _organise(path, {name: table[name] for name, _ in columns}, count, stated or size)
+    return _organise(path, {name: table[name] for name, _ in columns}, count, stated or size or _list(count, listed))
 
 
-def read_pcd(path: str | Path, size: tuple[int, int] | None = None) -> Cloud:
+def read_pcd(path: str | Path, size: tuple[int, int] | None = None, *, listed: bool = False) -> Cloud:
     """Read an organised PCD file.
 
     Args:
         path: The file.
         size: (height, width) of the grid, used where the file says HEIGHT 1.
+        listed: Take a list of N points without a grid for a grid of (N, 1).
 
     Raises:
         DataError: missing or truncated file, no x, y, z, or points that do not fill the grid.
@@ -96,7 +98,11 @@ def read_pcd(path: str | Path, size: tuple[int, int] | None = None) -> Cloud:
             )
         table = _pcd_table(path, data, body, header["DATA"][0].lower(), columns, count)
     stated = (height, width) if height > 1 else None
-    return _organise(path, table, count, stated or size)
+    return _organise(path, table, count, stated or size or _list(count, listed))
+
+
+def _list(count: int, listed: bool) -> tuple[int, int] | None:
+    return (count, 1) if listed else None
 
 
 def _split_header(path: Path, data: bytes, starts: bytes, ends: bytes) -> tuple[list[str], int]:

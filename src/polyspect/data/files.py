@@ -124,6 +124,28 @@ def read_xyz(path: str | Path, size: tuple[int, int] | None = None) -> Cloud:
     return Cloud(read_xyz_tiff(path))
 
 
+def read_points(path: str | Path) -> Array:
+    """The measured points of a cloud, organised or not, as (N, 3) float32 in the file's unit.
+
+    Left out are points that are not finite and (0, 0, 0). A PLY or PCD file may hold a list without a grid, an NPY file
+    (N, 3) numbers; anything else as `read_xyz`.
+
+    Raises:
+        DataError: as `read_xyz`.
+    """
+    path = check_file(path, "point cloud")
+    suffix = path.suffix.lower()
+    if suffix in CLOUD_SUFFIXES:
+        xyz = (read_ply if suffix == ".ply" else read_pcd)(path, listed=True).xyz
+    elif suffix == ".npy":
+        array = _array(path, "xyz")
+        xyz = _check_xyz(path, array[:, None] if array.ndim == 2 and array.shape[1] == 3 else array)
+    else:
+        xyz = read_xyz(path).xyz
+    points = xyz.reshape(-1, 3)
+    return points[np.isfinite(points).all(1) & (points != 0).any(1)]
+
+
 def read_depth(
     path: str | Path,
     intrinsics: Intrinsics | None = None,

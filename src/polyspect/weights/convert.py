@@ -16,14 +16,15 @@ if TYPE_CHECKING:
 State = dict[str, "Tensor"]
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".ckpt", ".tar")  # .ckpt is Lightning's; .tar as in best.pth.tar, no archive
-_WRAPPERS = ("state_dict", "model")
+_WRAPPERS = ("state_dict", "model", "base_model")
 _COUNTER = "num_batches_tracked"  # of batch norm; plays no part once the statistics are frozen
 
 
 def load_state(path: str | Path) -> State:
     """The named tensors of a weights file (`SUFFIXES`), on the CPU.
 
-    ``{"state_dict": ...}`` and ``{"model": ...}`` are unwrapped and a leading ``"module."`` on all names is dropped.
+    ``{"state_dict": ...}``, ``{"model": ...}`` and ``{"base_model": ...}`` are unwrapped and a leading ``"module."`` on
+    all names is dropped.
     Pickled objects other than tensors are refused, never executed.
 
     Raises:
@@ -69,6 +70,24 @@ def _settings_allowed() -> AbstractContextManager[Any]:
         return serialization.safe_globals([argparse.Namespace])
     serialization.add_safe_globals([argparse.Namespace])  # torch 2.4 has no block for it
     return nullcontext()
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The text entries in the header of a .safetensors file; empty for files of another kind.
+
+    Raises:
+        WeightsError: the file is damaged or cannot be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as error:
+        raise WeightsError(f"weights file {path} cannot be read: {_first_line(error)}") from None
 
 
 def named_tensors(content: Any, origin: str) -> State:

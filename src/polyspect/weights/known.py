@@ -15,8 +15,10 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 from ..errors import ConfigError
+from .point_mae import SHA256 as POINT_MAE_SHA256
 
 _HASH_SUFFIX = re.compile(r"-([0-9a-f]{8,64})\.(?:pth|pt|safetensors)$")
 _DATE = re.compile(r"(?:19|20)\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])")
@@ -29,6 +31,8 @@ class KnownWeights:
     Attributes:
         files: File name accepted in a weight folder -> sha256 in hex, or its first digits, ``""`` when not known.
         network: timm architecture that the tensors belong in; ``""`` when it is the backbone's own name.
+        kind: ``"image"``, or ``"points"`` for a point transformer (`backbones.point_weights`), which is not timm's.
+        shipped: File among those that come with polyspect itself, in ``weights/data``; ``""`` none.
         package: Distribution that ships the file, as pip calls it; ``""`` none.
         package_file: The file inside the package: ``"module/path/in/module"``.
         url: Address of the first of `files`; ``""`` none.
@@ -41,6 +45,8 @@ class KnownWeights:
 
     files: Mapping[str, str]
     network: str = ""
+    kind: Literal["image", "points"] = "image"
+    shipped: str = ""
     package: str = ""
     package_file: str = ""
     url: str = ""
@@ -107,8 +113,22 @@ KNOWN: dict[str, KnownWeights] = {
         licence="Apache-2.0 (DINO)",
         note="self-supervised DINO on ImageNet-1k, the image extractor of M3DM and CMDIAD",
     ),
+    "point_mae_small": KnownWeights(
+        kind="points",
+        files={"point_mae_small.safetensors": "@SHA@"},
+        shipped="point_mae_small.safetensors",
+        licence="Apache-2.0 (polyspect)",
+        note="Point-MAE pre-trained by us on made-up shapes, the offline default for points",
+    ),
+    "point_mae": KnownWeights(
+        kind="points",
+        files={"pointmae_pretrain.pth": POINT_MAE_SHA256, "pretrain.pth": POINT_MAE_SHA256},
+        licence="see github.com/Pang-Yatian/Point-MAE; trained on ShapeNet-55, which has terms of its own",
+        note="Point-MAE as released, the point extractor of M3DM, CMDIAD and CFM",
+    ),
 }
-"""Backbone name (timm's spelling) -> what is known. A ``*`` in a file name stands for the hash digits."""
+"""Backbone name (timm's spelling, where timm has it) -> what is known. A ``*`` in a file name stands for the hash
+digits."""
 
 
 def describe(name: str) -> KnownWeights:

@@ -1,8 +1,8 @@
 """Find the file with a backbone's pretrained weights and verify its hash. Never a silent replacement.
 
-Order for ``weights="auto"``: the weight folder, an installed package, what the hubs' own caches hold, the hub. A file
-or folder that is named is the only place looked at. Anything that cannot be had is a `WeightsError` that lists the
-places and says which file to put where.
+Order for ``weights="auto"``: the weight folder, what comes with polyspect, an installed package, what the hubs' own
+caches hold, the hub. A file or folder that is named is the only place looked at. Anything that cannot be had is a
+`WeightsError` that lists the places and says which file to put where.
 """
 
 from __future__ import annotations
@@ -23,7 +23,10 @@ from .known import KNOWN, KnownWeights, describe, file_hash_hint, siblings
 FOLDER_VARIABLE = "POLYSPECT_WEIGHTS"
 _SUFFIXES = (".safetensors", ".pth", ".pt")
 
-Source = Literal["file", "folder", "package", "hub"]
+Source = Literal["file", "folder", "shipped", "package", "hub"]
+
+SHIPPED = Path(__file__).with_name("data")
+"""Folder of the weights that come with polyspect."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,8 @@ class WeightsFile:
         name: Backbone name.
         path: The file.
         sha256: 64 hex digits of the file as it is.
-        source: ``"file"`` named by the user, ``"folder"`` weight folder, ``"package"`` installed package, ``"hub"``
-            a model hub or its cache on this machine.
+        source: ``"file"`` named by the user, ``"folder"`` weight folder, ``"shipped"`` with polyspect itself,
+            ``"package"`` installed package, ``"hub"`` a model hub or its cache on this machine.
     """
 
     name: str
@@ -133,6 +136,10 @@ def _find_local(name: str, known: KnownWeights, folder: Path, looked: list[str])
     path = _in_folder(name, known, folder, looked)
     if path is not None:
         return path, "folder"
+    if known.shipped and (SHIPPED / known.shipped).is_file():
+        return SHIPPED / known.shipped, "shipped"
+    if known.shipped:
+        looked.append(f"polyspect itself (lacks {SHIPPED / known.shipped}: install it anew)")
     path = _in_package(known, looked)
     if path is not None:
         return path, "package"

@@ -1,0 +1,361 @@
+"""Pre-train a point transformer on clouds without labels (Point-MAE), and write its encoder as a weights file.
+
+Every random choice is drawn from a generator seeded by (seed, step), so a run that was killed and resumed ends in the
+same bits. `PAPER` holds the paper's numbers. The defaults differ from it where use differs, and where a short run on a
+CPU would not get anywhere: clouds are one side of a thing as a depth camera sees it, with many points and small groups;
+the loss is measured in units of those groups, and visible groups count too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..backbones.point_mae import Loss, Masking, PointMAE, hide_groups
+from ..backbones.point_transformer import SIZES
+from ..detectors.contract import seeded
+from ..errors import ConfigError, DataError
+from ..geometry.neighbours import group, nearest_neighbours
+from ..geometry.sampling import farthest_points
+from ..geometry.unit import to_unit_frame
+from ..samples import Array
+from ..version import __version__
+from .engine import derive_seed, pick_accelerator
+from .modelfile import FORMAT, flatten_state, read_tensors, unflatten_state, write_tensors
+from .progress import Progress
+
+log = logging.getLogger(__name__)
+
+CURVE_EVERY = 100  # steps whose losses are averaged to one entry of the curve
+
+
+class CloudSource(Protocol):
+    """Clouds to learn from, by number."""
+
+    def __len__(self) -> int: ...
+
+    def cloud(self, index: int) -> Array:
+        """Points (N, 3) float32, all of them measured."""
+        ...
+
+    def about(self) -> dict[str, Any]:
+        """What the clouds are, as plain values: goes into the weights file and tells one source from another."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainingConfig:
+    """How to pre-train; the ranges are (least, most), drawn anew at every step."""
+
+    size: str = "small"  # of the encoder, see `point_transformer.SIZES`
+    steps: int = 800  # updates
+    batch_size: int = 16  # clouds (paper 128)
+    points: int = 4096  # of a cloud, drawn from those that there are (paper 1024)
+    groups: tuple[int, int] = (48, 80)  # (paper 64)
+    group_size: tuple[int, int] = (24, 32)  # points of a group (paper 32)
+    mask_ratio: float = 0.6  # share of the groups that is hidden
+    masking: Masking = "random"
+    loss: Loss = "l2"
+    normalise: bool = True  # measure the loss in units of the visible groups' extent (paper: not)
+    visible_weight: float = 1.0  # of the loss of groups that are not hidden (paper 0)
+    decoder_blocks: int = 2  # (paper 4)
+    drop_path: float = 0.0  # (paper 0.1)
+    lr: float = 1e-3  # at its highest
+    lowest_lr: float = 1e-6  # before the warm-up and at the end
+    warmup: float = 0.05  # share of the steps over which the rate rises (paper 10 of 300 epochs)
+    weight_decay: float = 0.05  # not on one-dimensional tensors
+    turn: bool = True  # turn clouds about the camera's axis by any angle (paper: not)
+    scale: tuple[float, float] = (0.8, 1.25)  # every axis by a factor of its own (paper 2/3 to 3/2)
+    shift: float = 0.0  # every axis by up to this much either way, after the scaling (paper 0.2)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("groups", "group_size", "scale"):
+            value = tuple(getattr(self, name))
+            object.__setattr__(self, name, value)
+            if len(value) != 2 or not 0 < value[0] <= value[1]:
+                raise ConfigError(f"pre-training: `{name}` must be (least, most) above 0, got {value}")
+        for name in ("steps", "batch_size", "points"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"pre-training: `{name}` must be at least 1, got {getattr(self, name)}")
+        if self.groups[0] < 2 or not 0 < int(self.mask_ratio * self.groups[0]) < self.groups[0]:
+            raise ConfigError(
+                f"pre-training: a `mask_ratio` of {self.mask_ratio} of {self.groups[0]} groups must hide one at least "
+                "and show one"
+            )
+        if self.masking not in ("random", "block") or self.loss not in ("l2", "l1"):
+            raise ConfigError(
+                f"pre-training: `masking` is random or block and `loss` l2 or l1, got {self.masking}, {self.loss}"
+            )
+        if not (self.lr > 0 and 0 <= self.lowest_lr <= self.lr and 0 <= self.warmup < 1):
+            raise ConfigError(
+                f"pre-training: needs lr > 0, lowest_lr in [0, lr] and warmup in [0, 1), got {self.lr}, "
+                f"{self.lowest_lr} and {self.warmup}"
+            )
+        if self.points < max(self.groups[1], self.group_size[1]):
+            raise ConfigError(
+                f"pre-training: {self.points} points are fewer than {self.groups[1]} groups or {self.group_size[1]} "
+                "points of a group: raise `points`"
+            )
+
+
+PAPER: dict[str, Any] = {
+    "size": "base",
+    "batch_size": 128,
+    "points": 1024,
+    "groups": (64, 64),
+    "group_size": (32, 32),
+    "normalise": False,
+    "visible_weight": 0.0,
+    "decoder_blocks": 4,
+    "drop_path": 0.1,
+    "turn": False,
+    "scale": (2 / 3, 3 / 2),
+    "shift": 0.2,
+    "warmup": 10 / 300,
+}
+"""What differs from the defaults in the paper's recipe; it ran 300 epochs."""
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """The outcome of `pretrain`."""
+
+    network: PointMAE
+    curve: list[tuple[int, float]]  # (updates so far, mean loss of the last 100)
+    seconds: float  # of training in all runs, data included
+
+
+def pretrain(
+    source: CloudSource,
+    config: PretrainingConfig,
+    *,
+    device: str = "auto",
+    checkpoint: Path | None = None,
+    resume: bool = False,
+    save_every: float = 120.0,
+    stop_after: int | None = None,
+    progress: Progress | None = None,
+) -> Pretrained:
+    """Train a `PointMAE` on the clouds of `source`.
+
+    Args:
+        source: The clouds.
+        config: How.
+        device: auto, cpu, cuda or mps.
+        checkpoint: File that is written now and then; None for none. Left behind at the end.
+        resume: Go on from `checkpoint` where it is there.
+        save_every: Seconds between two checkpoints.
+        stop_after: Updates after which to save and stop, as if killed; None to go on to the end.
+        progress: Shows how far it is.
+
+    Raises:
+        ConfigError: a setting out of range, or a checkpoint of another run.
+        DataError: no clouds, or one with too few points.
+    """
+    if len(source) == 0:
+        raise DataError("there is no cloud to pre-train on")
+    accelerator = pick_accelerator(device)
+    with seeded(derive_seed(config.seed, 0)):
+        network = PointMAE(
+            config.size,
+            decoder_blocks=config.decoder_blocks,
+            points=config.group_size[0],
+            drop_path=config.drop_path,
+            normalise=config.normalise,
+        )
+    network.to(accelerator).train()
+    network.encoder.eval()  # the fast form of the token PointNet, with the same gradients
+    optimizer = torch.optim.AdamW(parameter_groups(network, config.weight_decay), lr=config.lr, betas=(0.9, 0.999))
+    identity = _identity(source, config)
+    start, before = 0, 0.0
+    curve: list[tuple[int, float]] = []
+    recent: list[float] = []
+    if resume and checkpoint is not None and checkpoint.is_file():
+        start, curve, recent, before = _load(checkpoint, identity, network, optimizer)
+    elif resume:
+        log.warning("nothing to resume: there is no checkpoint at '%s'; training from the start", checkpoint)
+    began = saved = time.monotonic()
+    stop = config.steps if stop_after is None else min(config.steps, stop_after)
+    progress = progress or Progress()
+    with progress, progress.task(f"point-mae {config.size}", config.steps) as advance:
+        advance(start)
+        for step in range(start, stop):
+            loss = _update(network, optimizer, source, config, step, accelerator)
+            recent.append(loss)
+            if len(recent) == CURVE_EVERY or step + 1 == config.steps:
+                curve.append((step + 1, sum(recent) / len(recent)))
+                recent = []
+            advance(1, note=f"loss {sum(recent[-20:], loss) / (len(recent[-20:]) + 1):.3g}")
+            if checkpoint is not None and (time.monotonic() - saved > save_every or step + 1 == stop):
+                spent = before + time.monotonic() - began
+                _save(checkpoint, identity, network, optimizer, step + 1, curve, recent, spent)
+                saved = time.monotonic()
+    network.eval()
+    return Pretrained(network, curve, before + time.monotonic() - began)
+
+
+def write_encoder(
+    path: Path, trained: Pretrained, source: CloudSource, config: PretrainingConfig, *, half: bool = True
+) -> None:
+    """Write the encoder as safetensors; the header says what it is and how it was made.
+
+    Args:
+        path: File to write.
+        trained: What `pretrain` returned.
+        source, config: What it was called with.
+        half: Store fp16 instead of fp32.
+    """
+    state = trained.network.encoder.state_dict()
+    tensors = {name: tensor.half() if half else tensor for name, tensor in state.items()}
+    about = {
+        "size": config.size,
+        "layers": list(SIZES[config.size].layers),
+        "frame": "unit",
+        "statistics": "cloud",  # those stored in the file are no measurement
+        "made": {
+            "method": "Point-MAE pre-training",
+            "version": __version__,
+            "settings": asdict(config),
+            "clouds": source.about(),
+            "curve": [[step, round(loss, 8)] for step, loss in trained.curve],
+        },
+    }
+    write_tensors(path, tensors, {"format": FORMAT, "point_transformer": about})
+
+
+def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups: weight decay on matrices only, not on biases, norms and the mask token."""
+    decayed = [p for p in network.parameters() if p.dim() > 1]
+    free = [p for p in network.parameters() if p.dim() <= 1]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+
+
+def learning_rate(config: PretrainingConfig, step: int) -> float:
+    """The rate of update `step`, from 0: linear from `lowest_lr` to `lr`, then half a cosine back."""
+    warm = int(config.warmup * config.steps)
+    if step < warm:
+        return config.lowest_lr + (config.lr - config.lowest_lr) * step / warm
+    share = (step - warm) / max(1, config.steps - 1 - warm)
+    return config.lowest_lr + (config.lr - config.lowest_lr) * (1 + math.cos(math.pi * share)) / 2
+
+
+def augment(points: Tensor, config: PretrainingConfig, generator: torch.Generator) -> Tensor:
+    """One cloud (N, 3) turned, brought to the unit frame, scaled and shifted at random."""
+    if config.turn:
+        angle = 2 * math.pi * float(torch.rand((), generator=generator, dtype=torch.float64))
+        c, s = math.cos(angle), math.sin(angle)
+        points = points @ torch.tensor([[c, s, 0], [-s, c, 0], [0, 0, 1]], dtype=points.dtype)
+    points = to_unit_frame(points[None])[0]
+    low, high = config.scale
+    factors = low + (high - low) * torch.rand(3, generator=generator)
+    return points * factors + config.shift * (2 * torch.rand(3, generator=generator) - 1)
+
+
+def draw_batch(source: CloudSource, config: PretrainingConfig, step: int) -> tuple[Tensor, Tensor]:
+    """Groups (B, G, M, 3) minus their centres, and centres (B, G, 3), of update `step`.
+
+    Raises:
+        DataError: a cloud has fewer points than groups or than a group is large (names it).
+    """
+    generator = torch.Generator().manual_seed(derive_seed(config.seed, 1, step))
+    G, M = (_between(low, high, generator) for low, high in (config.groups, config.group_size))
+    groups, centres = [], []
+    for index in _indices(len(source), config, step):
+        points = torch.from_numpy(source.cloud(index))
+        if len(points) < max(G, M):
+            raise DataError(
+                f"cloud {index} has {len(points)} points, fewer than {G} groups or {M} points of a group: leave it out "
+                "or lower `groups` and `group_size`"
+            )
+        points = points[torch.randperm(len(points), generator=generator)[: config.points]]
+        points = augment(points, config, generator)[None]
+        chosen = points[:, farthest_points(points, G)[0]]  # the first point is drawn: the order is
+        groups.append(group(points, chosen, nearest_neighbours(chosen, points, M).rows))
+        centres.append(chosen)
+    return torch.cat(groups), torch.cat(centres)
+
+
+def _indices(count: int, config: PretrainingConfig, step: int) -> list[int]:
+    """The clouds of update `step`: each once per epoch, in an order of the epoch's own."""
+    indices: list[int] = []
+    place = step * config.batch_size
+    while len(indices) < config.batch_size:
+        epoch, first = divmod(place + len(indices), count)
+        generator = torch.Generator().manual_seed(derive_seed(config.seed, 2, epoch))
+        order = torch.randperm(count, generator=generator)
+        indices += order[first : first + config.batch_size - len(indices)].tolist()
+    return indices
+
+
+def _between(low: int, high: int, generator: torch.Generator) -> int:
+    return int(torch.randint(low, high + 1, (), generator=generator))
+
+
+def _update(
+    network: PointMAE,
+    optimizer: torch.optim.Optimizer,
+    source: CloudSource,
+    config: PretrainingConfig,
+    step: int,
+    device: str,
+) -> float:
+    groups, centres = draw_batch(source, config, step)
+    generator = torch.Generator().manual_seed(derive_seed(config.seed, 3, step))
+    hidden = hide_groups(centres, config.mask_ratio, config.masking, generator)
+    groups, centres, hidden = groups.to(device), centres.to(device), hidden.to(device)
+    for entry in optimizer.param_groups:
+        entry["lr"] = learning_rate(config, step)
+    loss = network.loss(groups, centres, hidden, generator, config.loss, config.visible_weight)
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    value = float(loss.detach())
+    if not math.isfinite(value):
+        raise ConfigError(f"the loss of update {step + 1} is {value}: lower `lr`, or check the clouds for wild values")
+    return value
+
+
+def _identity(source: CloudSource, config: PretrainingConfig) -> str:
+    text = json.dumps([asdict(config), source.about()], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _save(
+    path: Path,
+    identity: str,
+    network: PointMAE,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    curve: list[tuple[int, float]],
+    recent: list[float],
+    seconds: float,
+) -> None:
+    tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
+    moments, plain = flatten_state(optimizer.state_dict(), "optimizer")
+    header = {"format": FORMAT, "checkpoint": identity, "step": step, "curve": curve, "recent": recent}
+    write_tensors(path, tensors | moments, header | {"seconds": seconds, "optimizer": plain})
+
+
+def _load(
+    path: Path, identity: str, network: PointMAE, optimizer: torch.optim.Optimizer
+) -> tuple[int, list[tuple[int, float]], list[float], float]:
+    """Bring network and optimizer to where `path` was written: updates made, curve, latest losses, seconds."""
+    header, tensors = read_tensors(path)
+    if header.get("checkpoint") != identity:
+        raise ConfigError(
+            f"the checkpoint '{path}' is from another pre-training (other settings, seed or clouds): "
+            "train with the same ones, or without --resume to start anew"
+        )
+    network.load_state_dict({n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")})
+    optimizer.load_state_dict(unflatten_state(tensors, header["optimizer"], "optimizer"))
+    return header["step"], [(int(s), float(x)) for s, x in header["curve"]], header["recent"], header["seconds"]
