@@ -25,8 +25,8 @@ SHORT = {  # applied where a method has such a setting
     "point_weights": "random",
     "groups": 64,
     "group_size": 16,
-    "uff_steps": 20,
-    "uff_warmup": 5,
+    "uff_steps": 8,
+    "uff_warmup": 2,
 }
 
 

@@ -207,6 +207,27 @@ def test_unmeasured_patches_are_out_or_exact_zeros(parts: Batch):
         assert_close(blind[..., j], level.expand(2, SIZE, SIZE), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize(("patch", "uff"), [(8, True), (4, True), (4, False), (6, True)])
+def test_patches_that_are_alike_are_matched_once(patch: int, uff: bool, parts: Batch):
+    detector = fitted(mask_invalid=False, patch=patch, uff=uff)
+    with torch.no_grad():
+        patches = detector.patches(detector.extract(parts))
+        quick = detector.measure(patches, (SIZE, SIZE))
+        slow = detector.measure({n: replace(own, alike=None) for n, own in patches.items()}, (SIZE, SIZE))
+    assert_close(quick, slow, rtol=1e-5, atol=1e-5)
+    for name in ("xyz", "fused"):
+        alike, values = patches[name].alike, patches[name].values.flatten(0, 2)
+        if alike is None:
+            assert (name, patch) == ("fused", 6)
+            continue
+        distinct, number = alike.flatten().unique(return_inverse=True)
+        assert len(distinct) < len(number) or (name, patch) == ("fused", 8)  # tokens as coarse as the patches
+        assert len(values.unique(dim=0)) <= len(distinct)
+        for n in range(len(distinct)):
+            same = values[number == n]
+            assert torch.equal(same, same[:1].expand_as(same))
+
+
 def test_only_the_first_parts_fill_the_geometric_banks():
     detector = fitted(xyz_parts=2, mask_invalid=False, ratio_rgb=1.0, ratio_xyz=1.0)
     assert [bank.counts.tolist() for _, bank in detector.named_banks()] == [[128] * 2, [320] * 2, [128] * 2]

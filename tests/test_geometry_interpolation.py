@@ -15,10 +15,13 @@ from torch.testing import assert_close
 from polyspect.errors import ConfigError, DataError, ShapeError
 from polyspect.geometry.interpolation import (
     LinearMap,
+    enlarge_at,
     groups_to_patches,
     interpolation_map,
     interpolation_weights,
     points_to_patches,
+    pool_pixels,
+    pool_pixels_at,
 )
 from polyspect.geometry.padding import pack_points, pad_clouds
 from polyspect.geometry.sampling import farthest_points
@@ -222,3 +225,35 @@ def test_the_same_map_on_a_gpu():
     assert_close(got.weight.cpu(), expected.weight, rtol=0, atol=1e-14)
     features = random(2, 60, 33).double()
     assert_close(got.apply(features.cuda()).cpu(), expected.apply(features), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize("patches", [(12, 9), (24, 27), (5, 4)])
+def test_some_rows_are_those_of_the_whole_map(patches, window):
+    _, measured = organised(B=1)
+    index = (random(108, 3).abs() * 3).long()
+    weight = random(108, 3, seed=2).abs() * measured.view(108, 1)
+    whole = pool_pixels(index[None], weight[None], 20, (12, 9), patches, window=window).dense()[0]
+    rows = torch.randperm(patches[0] * patches[1], generator=torch.Generator().manual_seed(1))[:15]
+    some = pool_pixels_at(index.short(), weight, 20, (12, 9), patches, rows, window=window)
+    assert_close(some.dense()[0], whole[rows])
+    assert int(some.offset.diff().max()) <= 20  # equal entries are merged
+    none = pool_pixels_at(index, torch.zeros_like(weight), 20, (12, 9), patches, rows, window=window)
+    assert not bool(none.apply(random(1, 20, 4)).any())
+    empty = pool_pixels_at(index, weight, 20, (12, 9), patches, rows[:0], window=window)
+    assert empty.apply(random(1, 20, 4)).shape == (1, 0, 4)
+
+
+def test_rows_outside_the_grid_are_refused():
+    index, weight = torch.zeros(108, 3, dtype=torch.int64), torch.ones(108, 3)
+    for row in (-1, 20):
+        with pytest.raises(DataError, match="0 to 19"):
+            pool_pixels_at(index, weight, 4, (12, 9), (5, 4), torch.tensor([row]))
+
+
+@pytest.mark.parametrize("size", [(12, 9), (4, 3), (3, 2), (13, 7)])
+def test_enlarging_some_pixels_is_bilinear(size):
+    grid = random(1, 5, 4, 3)
+    expected = F.interpolate(grid, size=size, mode="bilinear", align_corners=False).flatten(2).mT
+    rows = torch.arange(size[0] * size[1]).flip(0)
+    assert_close(enlarge_at((4, 3), size, rows).apply(grid.flatten(2).mT.contiguous())[0], expected[0, rows])

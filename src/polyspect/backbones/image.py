@@ -207,12 +207,12 @@ def last_stages(name: str, reductions: Sequence[int]) -> list[Stage]:
 
 def _first_blocks(name: str, architecture: str, stages: Sequence[Stage], blocks: int) -> list[Stage]:
     """The stage behind the first `blocks` blocks of a transformer on one grid."""
-    known = _stages(architecture)
-    if len({stage.reduction for stage in known}) > 1 or [stage.number for stage in known] != list(range(len(known))):
+    known = len(getattr(_whole(architecture), "blocks", ()))
+    if not known or len({stage.reduction for stage in _stages(architecture)}) > 1:
         raise ConfigError(f"`blocks` is for transformers on one grid (vit_...), '{name}' is none: leave it None")
-    if not 1 <= blocks <= len(known):
-        raise ConfigError(f"`blocks` of backbone '{name}' must be in 1..{len(known)}, got {blocks}")
-    return [known[blocks - 1] for _ in stages]
+    if not 1 <= blocks <= known:
+        raise ConfigError(f"`blocks` of backbone '{name}' must be in 1..{known}, got {blocks}")
+    return [stage._replace(number=blocks - 1) for stage in stages]
 
 
 @lru_cache
@@ -253,7 +253,7 @@ def _build(architecture: str, numbers: Sequence[int], final_norm: bool) -> nn.Mo
     return network
 
 
-def _whole(architecture: str) -> nn.Module:
+def _whole(architecture: str) -> Any:
     """The whole network on the meta device: names and shapes."""
     with torch.device("meta"):
         return _create(architecture)

@@ -279,24 +279,25 @@ class CFM(Detector):
         return gaussian_smooth(maps, self.config.blur_sigma) if self.config.blur == "gaussian" else maps
 
     def _load_mapping(self, files: Sequence[str]) -> None:
-        """Take trained networks from two files, whichever direction each is of."""
-        directions = {}
+        """Take trained networks from two files, whichever direction each is of; 2Dto3D first where shapes are equal."""
+        widths = {}
         for name in self.mapping:
             network = self._network(name)
-            directions[network.input.in_features, network.output.out_features] = name
+            widths[name] = network.input.in_features, network.output.out_features
         loaded: dict[str, str] = {}
         for file in files:
             content, origin = read_file(file), f"checkpoint '{file}'"
-            inputs, outputs = feature_mapping_widths(content, origin)
-            if (inputs, outputs) not in directions:
-                expected = " and ".join(f"{a} to {b}" for a, b in directions)
+            found = feature_mapping_widths(content, origin)
+            fitting = [name for name in widths if widths[name] == found]
+            if not fitting:
+                expected = " and ".join(f"{a} to {b}" for a, b in widths.values())
                 raise WeightsError(
-                    f"{origin} maps {inputs} channels to {outputs}, this detector's networks {expected}: choose the "
+                    f"{origin} maps {found[0]} channels to {found[1]}, this detector's networks {expected}: choose the "
                     f"backbones, `point_layers` and `blocks_kept` that it was trained with"
                 )
-            name = directions[inputs, outputs]
-            if name in loaded:
-                raise WeightsError(f"{origin} and '{loaded[name]}' map in the same direction: give one file of each")
+            name = next((name for name in fitting if name not in loaded), "")
+            if not name:
+                raise WeightsError(f"{origin} and '{loaded[fitting[0]]}' map in the same direction: give one of each")
             state = feature_mapping_state(content, self.mapping[name], f"{origin} (for `mapper` {self.config.mapper})")
             self.mapping[name].load_state_dict(state)
             self.sources[f"mapping.{name}"] = checkpoint_source(file)

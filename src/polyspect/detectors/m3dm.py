@@ -165,6 +165,7 @@ class Patches:
 
     values: Tensor  # (B, h, w, C); of whole groups (B, 1, G, C)
     counts: Tensor  # (B, h, w) bool; other patches are average
+    alike: Tensor | None = None  # (B, h, w) int64; patches of one number have the same values. None: not known
     near: Tensor | None = None  # whole groups: (B, H*W, k), which a pixel listens to
     share: Tensor | None = None  # and how much: (B, H*W, k)
 
@@ -340,10 +341,21 @@ class M3DM(Detector):
             xyz, measured = point_patches(features, grid), measured_patches(features, grid)  # B P C, B P
             counts = (measured if self.config.mask_invalid else torch.ones_like(measured)).view(-1, *grid)
             if "xyz" in names:
-                found["xyz"] = Patches(xyz.unflatten(1, grid), counts)
+                found["xyz"] = Patches(xyz.unflatten(1, grid), counts, self._alike(measured, grid, (1, 1)))
             if "fused" in names:
-                found["fused"] = Patches(self._fused(features, xyz, measured, grid).unflatten(1, grid), counts)
+                alike = self._alike(measured, grid, _tokens(features))
+                found["fused"] = Patches(self._fused(features, xyz, measured, grid).unflatten(1, grid), counts, alike)
         return {name: found[name] for name in names}
+
+    def _alike(self, measured: Tensor, grid: Grid, tokens: Grid) -> Tensor | None:
+        """Numbers of the patches where all count: those without a point are alike within a cell of `tokens`."""
+        if self.config.mask_invalid or not _repeats(tokens, grid):
+            return None
+        b, i, j = (torch.arange(n, device=measured.device) for n in (len(measured), *grid))
+        row, column = i * tokens[0] // grid[0], j * tokens[1] // grid[1]
+        cell = (b[:, None, None] * tokens[0] + row[:, None]) * tokens[1] + column  # B h w
+        place = torch.arange(measured.numel(), device=measured.device).view_as(cell)
+        return torch.where(measured.view_as(cell), place, -1 - cell)
 
     def _grid(self, features: Features) -> Grid:
         """Point patches along height and width."""
@@ -364,12 +376,12 @@ class M3DM(Detector):
         empty = self.uff.xyz(xyz.new_zeros(1, xyz.shape[-1]))  # all patches without a point are alike
         left = empty.expand(*measured.shape, -1).clone()
         left[measured] = self.uff.xyz(xyz[measured])
-        own: Grid = (features["rgb.grid"].shape[-2], features["rgb.grid"].shape[-1])
-        if grid[0] % own[0] or grid[1] % own[1]:
-            right = self.uff.rgb(rgb_patches(features, grid))
-        else:  # a token is repeated over whole patches
+        own = _tokens(features)
+        if _repeats(own, grid):
             tokens = self.uff.rgb(rgb_patches(features, own))
             right = rgb_patches({"rgb.grid": tokens.mT.unflatten(2, own)}, grid)
+        else:
+            right = self.uff.rgb(rgb_patches(features, grid))
         return torch.cat([left, right], dim=-1)
 
     # -- banks -------------------------------------------------------------------------------------------------------
@@ -454,7 +466,7 @@ class M3DM(Detector):
         scores, maps = [], []
         for name, bank in self.named_banks():
             own = patches[name]
-            distances, matches = match_patches(bank, own.values, own.counts)  # Eq. 7, d
+            distances, matches = _match(bank, own)
             maps.append(smooth(_enlarge(own, distances, size), c.blur, c.blur_sigma))
             scores.append(
                 worst_patch(
@@ -549,6 +561,26 @@ def _schedule(c: M3DMConfig, optimizer: torch.optim.Optimizer) -> torch.optim.lr
 
 def _some(features: Features, start: int, end: int) -> dict[str, Tensor]:
     return {name: tensor[start:end] for name, tensor in features.items()}
+
+
+def _tokens(features: Features) -> Grid:
+    return features["rgb.grid"].shape[-2], features["rgb.grid"].shape[-1]
+
+
+def _repeats(tokens: Grid, grid: Grid) -> bool:
+    """Whether every token is repeated over whole patches of `grid`."""
+    return grid[0] % tokens[0] == 0 and grid[1] % tokens[1] == 0
+
+
+def _match(bank: MemoryBank, patches: Patches) -> tuple[Tensor, Tensor]:
+    """`match_patches`, of patches that are alike only once."""
+    if patches.alike is None:
+        return match_patches(bank, patches.values, patches.counts)
+    distinct, number = patches.alike.flatten().unique(return_inverse=True)
+    place = torch.arange(len(number), device=number.device)
+    first = torch.full_like(distinct, len(number)).scatter_reduce(0, number, place, "amin")
+    distances, matches = bank.distance(patches.values.flatten(0, 2)[first])
+    return distances[number].view_as(patches.alike), matches[number].view_as(patches.alike)
 
 
 def _enlarge(patches: Patches, distances: Tensor, size: tuple[int, int]) -> Tensor:
