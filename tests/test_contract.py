@@ -19,7 +19,13 @@ from polyspect.model import Model
 from tiny import TinyParts, blinded, take, tiny_batch
 
 TRAIN, VALIDATION = TinyParts(range(12)), TinyParts(range(100, 104))
-SHORT = {"epochs": 4, "batch_size": 4}  # applied where a method has such a setting
+SHORT = {  # applied where a method has such a setting
+    "epochs": 4,
+    "batch_size": 4,
+    "point_weights": "random",
+    "groups": 64,
+    "group_size": 16,
+}
 
 
 def short_config(name: str):
@@ -131,7 +137,7 @@ def test_an_unknown_setting_names_the_nearest(name: str):
 
 def test_a_missing_modality_is_a_clear_error(fitted: Detector):
     batch = tiny_batch([1])
-    wanted = fitted.modalities[-1]
+    wanted = fitted.required[-1]
     images = {key: image for key, image in batch.images.items() if key != wanted}
     with pytest.raises(DataError, match=f"part 'tiny/good/1' has no '{wanted}'"):
         fitted(dataclasses.replace(batch, images=images))

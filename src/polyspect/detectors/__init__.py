@@ -17,6 +17,7 @@ DETECTORS: dict[str, str] = {
     "reverse_distillation": "polyspect.detectors.reverse_distillation:ReverseDistillation",
     "forward_distillation": "polyspect.detectors.forward_distillation:ForwardDistillation",
     "btf": "polyspect.detectors.btf:BTF",
+    "cmdiad": "polyspect.detectors.cmdiad:CMDIAD",
 }
 
 
