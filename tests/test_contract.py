@@ -139,7 +139,7 @@ def test_an_unknown_setting_names_the_nearest(name: str):
 
 def test_a_missing_modality_is_a_clear_error(fitted: Detector):
     batch = tiny_batch([1])
-    wanted = fitted.modalities[-1]
+    wanted = fitted.required[-1]
     images = {key: image for key, image in batch.images.items() if key != wanted}
     with pytest.raises(DataError, match=f"part 'tiny/good/1' has no '{wanted}'"):
         fitted(dataclasses.replace(batch, images=images))

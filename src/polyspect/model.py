@@ -93,7 +93,7 @@ class Model:
 
     def calibration_for(self, used: Sequence[str]) -> Calibration | None:
         """The calibration for parts with the modalities `used`."""
-        return self.calibration if set(used) == set(self.modalities) else self.partial.get("+".join(used))
+        return self.calibration if set(self.detector.required) <= set(used) else self.partial.get("+".join(used))
 
     def predict(self, parts: Parts, batch_size: int = 8) -> Iterator[PartResult]:
         """Judge parts one after another, lazily. A part's result does not depend on the others.

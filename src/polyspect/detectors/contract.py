@@ -119,13 +119,21 @@ class Detector(nn.Module):
 
     @property
     def modalities(self) -> tuple[str, ...]:
-        """The modalities that a batch must carry."""
+        """The modalities that a batch must carry while fitting, and those that it may carry afterwards."""
         return tuple(self.config.modalities)
+
+    @property
+    def required(self) -> tuple[str, ...]:
+        """The modalities that a prediction rests on: without the others it is the same, bit for bit.
+
+        `modalities`, unless a method that learned from several needs fewer once it is fitted.
+        """
+        return self.modalities
 
     @property
     def choices(self) -> list[tuple[str, ...]]:
         """The sets of modalities with which a part can be judged, the best first; usually one: `modalities`."""
-        return [self.modalities]
+        return list(dict.fromkeys([self.modalities, self.required]))
 
     def modality_of(self, feature: str) -> str:
         """The modality that a feature of `extract` comes from, by its name; ``""`` for none or several.
