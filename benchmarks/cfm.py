@@ -83,7 +83,7 @@ def plain_map(detector: CFM, part: Plain, size: int) -> tuple[Tensor, Tensor]:
     image = F.avg_pool2d(image.view(1, -1, size, size), 3, stride=1)
     f_xyz = F.adaptive_avg_pool2d(image, (size, size))[0].flatten(1).T  # H*W C
     f_rgb = F.interpolate(part.tokens, size=(size, size), mode="bilinear")[0].flatten(1).T
-    outside = f_xyz.sum(1) == 0
+    outside = (f_xyz == 0).all(1)  # the program's sum == 0 misfires on untrained norms, whose features sum to about 0
     d_xyz = (F.normalize(detector.mapping["xyz"](f_rgb), dim=1) - F.normalize(f_xyz, dim=1)).norm(dim=1)
     d_rgb = (F.normalize(detector.mapping["rgb"](f_xyz), dim=1) - F.normalize(f_rgb, dim=1)).norm(dim=1)
     both = d_xyz * d_rgb
