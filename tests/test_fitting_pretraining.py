@@ -170,6 +170,21 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path):
         pretrain(Balls(), PretrainingConfig(**QUICK), device="cpu", checkpoint=file, resume=True)
 
 
+def test_a_run_brought_to_an_early_end_says_so_and_is_repeatable(tmp_path):
+    config, file = PretrainingConfig(**QUICK), tmp_path / "run.safetensors"
+    pretrain(Balls(), config, device="cpu", checkpoint=file, stop_after=1)
+    ends = [pretrain(Balls(), config, device="cpu", checkpoint=file, resume=True, cooldown=2) for _ in range(2)]
+    assert torch.equal(ends[0].network.head.weight, ends[1].network.head.weight)
+    assert (ends[0].updates, ends[0].cooled_from, ends[0].curve[-1][0]) == (3, 1, 3)
+    three = pretrain(Balls(), config, device="cpu", stop_after=3)
+    assert three.cooled_from is None
+    assert not torch.equal(ends[0].network.head.weight, three.network.head.weight)
+    with pytest.raises(ConfigError, match="cooldown of 4"):
+        pretrain(Balls(), config, device="cpu", checkpoint=file, resume=True, cooldown=4)
+    with pytest.raises(ConfigError, match="needs a checkpoint"):
+        pretrain(Balls(), config, device="cpu", cooldown=2)
+
+
 def test_the_seed_decides_and_the_global_generator_does_not():
     config = PretrainingConfig(**{**QUICK, "steps": 1})
     torch.manual_seed(1)

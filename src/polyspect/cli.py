@@ -321,6 +321,8 @@ def _add_pretraining(command: Callable[..., argparse.ArgumentParser]) -> None:
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
     sub.add_argument("--fp32", action="store_true", help="store 32-bit numbers instead of 16-bit ones")
     sub.add_argument("--resume", action="store_true", help="go on from the checkpoint beside --out")
+    sub.add_argument("--stop-after", type=int, metavar="N", help="save and stop once N updates are made")
+    sub.add_argument("--cooldown", type=int, metavar="N", help="with --resume: end early, after N more updates")
 
 
 def _add_fit(command: Callable[..., argparse.ArgumentParser]) -> None:

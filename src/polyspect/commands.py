@@ -422,14 +422,31 @@ def run_weights_pretrain(a: argparse.Namespace) -> int:
     config = PretrainingConfig(**settings)
     checkpoint = out.with_suffix(".checkpoint.safetensors")
     trained = pretrain(
-        source, config, device=a.device, checkpoint=checkpoint, resume=a.resume, progress=TerminalProgress()
+        source,
+        config,
+        device=a.device,
+        checkpoint=checkpoint,
+        resume=a.resume,
+        stop_after=a.stop_after,
+        cooldown=a.cooldown,
+        progress=TerminalProgress(),
     )
+    if a.cooldown is None and trained.updates < config.steps:
+        text = f"{trained.updates} of {config.steps} updates made: go on with --resume ({checkpoint})"
+        _emit(a, {"checkpoint": str(checkpoint), "updates": trained.updates}, text)
+        return 0
     write_encoder(out, trained, source, config, half=not a.fp32)
     size, loss = out.stat().st_size, trained.curve[-1][1]
-    shown = {"out": str(out), "bytes": size, "steps": config.steps, "loss": loss, "seconds": round(trained.seconds, 1)}
+    shown = {
+        "out": str(out),
+        "bytes": size,
+        "steps": trained.updates,
+        "loss": loss,
+        "seconds": round(trained.seconds, 1),
+    }
     text = (
         f"{out}: point transformer of size {config.size}, {size / 1e6:.2f} MB\n"
-        f"{config.steps} updates on {len(source)} clouds in {trained.seconds / 60:.1f} minutes, last loss {loss:.4g}\n"
+        f"{trained.updates} updates on {len(source)} clouds in {trained.seconds / 60:.1f} min, last loss {loss:.4g}\n"
         f"{checkpoint} is no longer needed"
     )
     _emit(a, shown | {"curve": trained.curve}, text)

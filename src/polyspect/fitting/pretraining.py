@@ -133,6 +133,8 @@ class Pretrained:
     network: PointMAE
     curve: list[tuple[int, float]]  # (updates so far, mean loss of the last 100)
     seconds: float  # of training in all runs, data included
+    updates: int  # made in all
+    cooled_from: int | None = None  # update after which the run was brought to an early end
 
 
 def pretrain(
@@ -144,6 +146,7 @@ def pretrain(
     resume: bool = False,
     save_every: float = 120.0,
     stop_after: int | None = None,
+    cooldown: int | None = None,
     progress: Progress | None = None,
 ) -> Pretrained:
     """Train a `PointMAE` on the clouds of `source`.
@@ -156,6 +159,8 @@ def pretrain(
         resume: Go on from `checkpoint` where it is there.
         save_every: Seconds between two checkpoints.
         stop_after: Updates after which to save and stop, as if killed; None to go on to the end.
+        cooldown: With `resume`: end the run early, after so many further updates, over which the rate falls linearly
+            from where it is to the lowest. No checkpoint is written on the way.
         progress: Shows how far it is.
 
     Raises:
@@ -184,15 +189,25 @@ def pretrain(
         start, curve, recent, before = _load(checkpoint, identity, network, optimizer)
     elif resume:
         log.warning("nothing to resume: there is no checkpoint at '%s'; training from the start", checkpoint)
+    if cooldown is not None and not (start > 0 and 1 <= cooldown <= config.steps - start):
+        raise ConfigError(
+            f"a cooldown of {cooldown} updates needs a checkpoint to go on from, and as many updates that are left: "
+            f"{start} of {config.steps} are made"
+        )
     began = saved = time.monotonic()
     stop = config.steps if stop_after is None else min(config.steps, stop_after)
+    rates = [learning_rate(config, step) for step in range(config.steps)]
+    if cooldown is not None:
+        stop, checkpoint = start + cooldown, None
+        fall = rates[start] - config.lowest_lr
+        rates[start:stop] = [config.lowest_lr + fall * (1 - (n + 1) / cooldown) for n in range(cooldown)]
     progress = progress or Progress()
-    with progress, progress.task(f"point-mae {config.size}", config.steps) as advance:
+    with progress, progress.task(f"point-mae {config.size}", stop) as advance:
         advance(start)
         for step in range(start, stop):
-            loss = _update(network, optimizer, source, config, step, accelerator)
+            loss = _update(network, optimizer, source, config, step, rates[step], accelerator)
             recent.append(loss)
-            if len(recent) == CURVE_EVERY or step + 1 == config.steps:
+            if len(recent) == CURVE_EVERY or step + 1 == (stop if cooldown else config.steps):
                 curve.append((step + 1, sum(recent) / len(recent)))
                 recent = []
             advance(1, note=f"loss {sum(recent[-20:], loss) / (len(recent[-20:]) + 1):.3g}")
@@ -201,7 +216,8 @@ def pretrain(
                 _save(checkpoint, identity, network, optimizer, step + 1, curve, recent, spent)
                 saved = time.monotonic()
     network.eval()
-    return Pretrained(network, curve, before + time.monotonic() - began)
+    seconds = before + time.monotonic() - began
+    return Pretrained(network, curve, seconds, max(start, stop), start if cooldown else None)
 
 
 def write_encoder(
@@ -227,6 +243,8 @@ def write_encoder(
             "version": __version__,
             "settings": asdict(config),
             "clouds": source.about(),
+            "updates": trained.updates,
+            "cooled_from": trained.cooled_from,
             "curve": [[step, round(loss, 8)] for step, loss in trained.curve],
         },
     }
@@ -307,6 +325,7 @@ def _update(
     source: CloudSource,
     config: PretrainingConfig,
     step: int,
+    rate: float,
     device: str,
 ) -> float:
     groups, centres = draw_batch(source, config, step)
@@ -314,7 +333,7 @@ def _update(
     hidden = hide_groups(centres, config.mask_ratio, config.masking, generator)
     groups, centres, hidden = groups.to(device), centres.to(device), hidden.to(device)
     for entry in optimizer.param_groups:
-        entry["lr"] = learning_rate(config, step)
+        entry["lr"] = rate
     loss = network.loss(groups, centres, hidden, generator, config.loss, config.visible_weight)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()

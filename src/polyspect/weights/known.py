@@ -115,7 +115,7 @@ KNOWN: dict[str, KnownWeights] = {
     ),
     "point_mae_small": KnownWeights(
         kind="points",
-        files={"point_mae_small.safetensors": "@SHA@"},
+        files={"point_mae_small.safetensors": "8b2b4a9dcdf86a7bde1fdf982f50d8f0fb185db68129d7677f904b685d3de5d1"},
         shipped="point_mae_small.safetensors",
         licence="Apache-2.0 (polyspect)",
         note="Point-MAE pre-trained by us on made-up shapes, the offline default for points",
