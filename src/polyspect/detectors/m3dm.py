@@ -341,10 +341,12 @@ class M3DM(Detector):
             xyz, measured = point_patches(features, grid), measured_patches(features, grid)  # B P C, B P
             counts = (measured if self.config.mask_invalid else torch.ones_like(measured)).view(-1, *grid)
             if "xyz" in names:
-                found["xyz"] = Patches(xyz.unflatten(1, grid), counts, self._alike(measured, grid, (1, 1)))
+                found["xyz"] = Patches(xyz.unflatten(1, grid), counts, alike=self._alike(measured, grid, (1, 1)))
             if "fused" in names:
                 alike = self._alike(measured, grid, _tokens(features))
-                found["fused"] = Patches(self._fused(features, xyz, measured, grid).unflatten(1, grid), counts, alike)
+                found["fused"] = Patches(
+                    self._fused(features, xyz, measured, grid).unflatten(1, grid), counts, alike=alike
+                )
         return {name: found[name] for name in names}
 
     def _alike(self, measured: Tensor, grid: Grid, tokens: Grid) -> Tensor | None:
@@ -367,7 +369,7 @@ class M3DM(Detector):
         near, share = features["xyz.near"].long(), features["xyz.share"]
         values = features["xyz.groups"][:, None]  # B 1 G C
         seen = (share.flatten(1) > 0).any(1) | (not self.config.mask_invalid)
-        return Patches(values, seen[:, None, None].expand(values.shape[:3]), near, share)
+        return Patches(values, seen[:, None, None].expand(values.shape[:3]), near=near, share=share)
 
     def _fused(self, features: Features, xyz: Tensor, measured: Tensor, grid: Grid) -> Tensor:
         """Eq. 3: (B, P, C_xyz + C_rgb), points first; every distinct patch goes through the network once."""
