@@ -219,3 +219,20 @@ def test_a_model_is_completed_once_and_only_if_it_is_calibrated(files, root: Pat
     model.preparation = replace(model.preparation, background="plane", remove_from=("rgb", "xyz"))
     with pytest.raises(ConfigError, match="blanks RGB"):
         ps.complete(model, **where)
+
+
+@pytest.mark.parametrize("name", ["m3dm", "cfm"])
+def test_point_groups_are_filled_in_as_well(name: str):
+    kind = detector_class(name)
+    small = {"point_weights": "random", "groups": 32, "group_size": 8, "point_layers": (0,)}
+    small |= {"uff_steps": 4, "uff_warmup": 1} if name == "m3dm" else {"epochs": 2}
+    detector = engine().fit(kind(configure(kind, small, "fast")), {"train": TRAIN, "validation": HELD})
+    completion = engine().fit(Completion(detector, CompletionConfig(epochs=4, batch_size=4)), {"train": TRAIN})
+    batch = tiny_batch([100, 101])
+    for names in (("rgb",), ("xyz",)):
+        images = {view: batch.images[view] for view in names}
+        whole = torch.ones_like(batch.valid)
+        part = replace(batch, images=images) if names == ("xyz",) else Batch(batch.ids, images, whole, whole)
+        prediction = completion(part)
+        assert bool(torch.isfinite(prediction.map).all())
+        assert float(prediction.map.flatten(1).std(1).min()) > 0
