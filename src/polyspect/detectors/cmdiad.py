@@ -235,7 +235,7 @@ class CMDIAD(Detector):
             "groups": 512,
             "group_size": 64,
             "patch": 8,
-            "patches": 512,
+            "patches": 256,
             "epochs": 30,
             "warmup_epochs": 3,
             "bank_limit": 1_000,
@@ -293,6 +293,10 @@ class CMDIAD(Detector):
     def required(self) -> tuple[str, ...]:
         """The main modality alone once banks of kind ``mtfi`` are fitted; while they are, both."""
         return (self.config.main,) if self.config.banks == "mtfi" and bool(self.fitted) else self.modalities
+
+    def modality_of(self, feature: str) -> str:
+        """As of every detector; the image that i2f reads counts as none, because no stand-in for it can be learned."""
+        return "" if self.config.route == "i2f" and feature.endswith(".image") else super().modality_of(feature)
 
     def forward(self, batch: Batch) -> Prediction:
         """As of every detector; of a modality that is not required nothing is computed."""
