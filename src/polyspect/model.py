@@ -156,7 +156,7 @@ class Model:
         if not np.isfinite(scores).all():
             bad = samples[int(np.flatnonzero(~np.isfinite(scores))[0])]
             raise DataError(f"the score of part '{bad.id}' is not finite: check its files for extreme values")
-        used = tuple(name for name in self.modalities if name in batch.images)
+        used = tuple(name for name in self.detector.required if name in batch.images)
         calibration = self.calibration_for(used)
         nothing = [None] * len(scores)
         p_values: Any = calibration.p_values(scores) if calibration else nothing

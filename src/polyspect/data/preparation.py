@@ -161,10 +161,12 @@ PREPARATIONS: dict[str, Preparation] = {
         depth_range="image",
         depth_fill="rounds",
     ),
+    "cloud": Preparation(background="plane"),
     "btf": _BTF,
     "cfm": replace(_BTF, pad_rgb="edge", remove_from=("xyz", "depth", "normals")),
 }
-"""Named preparations: ours, CRD's (also depth of RD, MMRD), BTF's (also M3DM's, CMDIAD's, Shape-Guided's), CFM's."""
+"""Named preparations: ours, CRD's (also depth of RD, MMRD), ours with the background removed from the 3D views (for
+methods that see the cloud), BTF's (also M3DM's, CMDIAD's, Shape-Guided's), CFM's."""
 
 
 def prepare(sample: Sample, preparation: Preparation) -> Sample:

@@ -124,7 +124,7 @@ class CFM(Detector):
         },
         "fast": {"groups": 512, "group_size": 64, "epochs": 20},
     }
-    PREPARATION = {"paper": "cfm"}
+    PREPARATION = {"": "cloud", "fast": "cloud", "paper": "cfm"}
     frozen = ("extractor",)
 
     def __init__(self, config: CFMConfig, *, pretrained: bool = True) -> None:

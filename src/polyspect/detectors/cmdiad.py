@@ -128,7 +128,7 @@ class CMDIADConfig:
     lambda_xyz: float = 1.0  # factor of a bank's values before the SVMs, alpha and beta; counts about squared
     lambda_rgb: float = 0.1
     lambda_hallucinated: float = 1.0  # of the hallucinated bank, whichever modality it stands for
-    image_score: Literal["reweighted", "top_mean", "max_map"] = "reweighted"  # Eq. 8, or of the map
+    image_score: Literal["reweighted", "top_mean", "max_map"] = "top_mean"  # Eq. 8, or of the map
     top_share: float = 0.01  # top_mean: share of the map's pixels, the largest ones, whose mean is the image score
     seed: int = 0  # of the network's first weights, projections and samples; of random backbones
 
@@ -214,6 +214,7 @@ class CMDIAD(Detector):
             "patches": None,
             "batch_size": 32,
             "bank_limit": None,
+            "image_score": "reweighted",
             "max_gib": 16.0,
         },
         "released": {
@@ -226,6 +227,7 @@ class CMDIAD(Detector):
             "batch_size": 32,
             "bank_stats": "released",
             "bank_limit": None,
+            "image_score": "reweighted",
             "max_gib": 16.0,
             "reweight_distance": "l2",
             "blur": "pil",
@@ -235,13 +237,13 @@ class CMDIAD(Detector):
             "groups": 512,
             "group_size": 64,
             "patch": 8,
-            "patches": 512,
+            "patches": 256,
             "epochs": 30,
             "warmup_epochs": 3,
             "bank_limit": 1_000,
         },
     }
-    PREPARATION = {"paper": "btf", "released": "btf"}
+    PREPARATION = {"": "cloud", "fast": "cloud", "paper": "btf", "released": "btf"}
     frozen = ("extractor",)
     growing = ("best",)
     best: Tensor  # the network's numbers at the lowest validation loss, while it is trained; empty afterwards
@@ -293,6 +295,10 @@ class CMDIAD(Detector):
     def required(self) -> tuple[str, ...]:
         """The main modality alone once banks of kind ``mtfi`` are fitted; while they are, both."""
         return (self.config.main,) if self.config.banks == "mtfi" and bool(self.fitted) else self.modalities
+
+    def modality_of(self, feature: str) -> str:
+        """As of every detector; the image that i2f reads counts as none, because no stand-in for it can be learned."""
+        return "" if self.config.route == "i2f" and feature.endswith(".image") else super().modality_of(feature)
 
     def forward(self, batch: Batch) -> Prediction:
         """As of every detector; of a modality that is not required nothing is computed."""

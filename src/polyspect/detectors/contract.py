@@ -81,7 +81,8 @@ class Detector(nn.Module):
     Class attributes:
         Config: Frozen keyword-only dataclass; the schema of everything that can be set.
         PRESETS: Preset name -> config values that differ from the defaults. Always has ``paper`` and ``fast``.
-        PREPARATION: Preset name -> name of the preparation that goes with it, where it is not the default one.
+        PREPARATION: Preset name -> name of the preparation that goes with it, where it is not the default one; ``""``
+            stands for no preset.
         frozen: Names of the submodules that `extract` uses. They are kept in eval mode and take no gradient.
 
     A subclass's constructor takes ``(config, *, pretrained=True)``; with ``pretrained=False`` networks are only built,

@@ -108,7 +108,7 @@ class M3DMConfig:
     lambda_xyz: float = 1.0  # factor of a bank's values before the SVMs; counts about squared
     lambda_rgb: float = 0.1
     lambda_fused: float = 1.0
-    image_score: Literal["reweighted", "top_mean", "max_map"] = "reweighted"  # Eq. 4, or of the map
+    image_score: Literal["reweighted", "top_mean", "max_map"] = "top_mean"  # Eq. 4, or of the map
     top_share: float = 0.01  # top_mean: share of the map's pixels, the largest ones, whose mean is the image score
     seed: int = 0  # of UFF's first weights, projections and samples; of random backbones
 
@@ -185,6 +185,7 @@ class M3DM(Detector):
             "mask_invalid": False,
             "uff_patches": None,
             "bank_limit": None,
+            "image_score": "reweighted",
             "max_gib": 16.0,
         },
         "released": {
@@ -202,6 +203,7 @@ class M3DM(Detector):
             "bank_stats": "released",
             "coreset_sizes": "released",
             "bank_limit": None,
+            "image_score": "reweighted",
             "remove_zero_rows": True,
             "max_gib": 16.0,
             "blur": "pil",
@@ -219,7 +221,7 @@ class M3DM(Detector):
             "bank_limit": 1_000,
         },
     }
-    PREPARATION = {"paper": "btf", "released": "btf"}
+    PREPARATION = {"": "cloud", "fast": "cloud", "paper": "btf", "released": "btf"}
     frozen = ("extractor",)
 
     def __init__(self, config: M3DMConfig, *, pretrained: bool = True) -> None:
