@@ -215,7 +215,7 @@ def without_cloud(preparation: Preparation) -> Preparation:
         raise ConfigError(
             f"a part without 3D cannot be prepared like the others: `background={preparation.background}` with "
             f"`remove_from` {list(preparation.remove_from)} blanks RGB where the 3D view sees background; fit with "
-            f"--prepare remove_from=[xyz,depth,normals] to serve such parts"
+            f"--preparation cloud, or --prepare remove_from=[xyz,depth,normals], to serve such parts"
         )
     return replace(preparation, background="keep")
 
