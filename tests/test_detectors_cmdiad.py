@@ -368,6 +368,21 @@ def test_learning_rates_are_the_released_ones():
             assert steps_per_epoch(parts, batch) == updates_per_epoch(parts, batch)
 
 
+def test_the_warm_up_goes_on_where_the_stage_before_ended():
+    detector = build(select_every=2, epochs=6, warmup_epochs=5, batch_size=3, learning_rate=1.0)
+    detector.parts.fill_(6)  # two steps per epoch
+    rates = []
+    for stage in detector.stages():
+        if stage.name.startswith("hallucination"):
+            optimizer = stage.optimizer([nn.Parameter(torch.zeros(1))])
+            schedule = stage.schedule(optimizer)
+            for _ in range(2 * stage.epochs):
+                rates.append(optimizer.param_groups[0]["lr"])
+                optimizer.step()
+                schedule.step()
+    assert rates == pytest.approx([min(1.0, step / 10) for step in range(12)])
+
+
 def test_rates_of_the_routes():
     for route, rate in (("f2f", 5e-4), ("f2i", 5e-4), ("i2f", 3e-4)):
         stage = build(route=route).stages()[1]
