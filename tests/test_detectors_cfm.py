@@ -28,7 +28,14 @@ from polyspect.weights.cross_modal import feature_mapping_state
 from published_networks import mapping
 from tiny import TinyParts, blinded, tiny_batch
 
-TINY = {"weights": "random", "point_weights": "random", "groups": 32, "group_size": 8, "point_layers": (0,)}
+TINY = {
+    "weights": "random",
+    "point_backbone": "point_mae",
+    "point_weights": "random",
+    "groups": 32,
+    "group_size": 8,
+    "point_layers": (0,),
+}
 
 
 def build(**settings: Any) -> CFM:

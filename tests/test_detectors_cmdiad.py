@@ -43,6 +43,8 @@ from tiny import TinyParts, tiny_batch
 SMALL = {
     "weights": "random",
     "point_weights": "random",
+    "point_backbone": "point_mae",
+    "image_score": "reweighted",
     "point_layers": (0,),
     "groups": 24,
     "group_size": 8,
@@ -620,7 +622,7 @@ def test_presets():
     assert (paper.batch_size, paper.epochs, paper.coreset_ratio, paper.bank_limit) == (32, 100, 0.1, None)
     released = configure(CMDIAD, preset="released")
     assert (released.bank_stats, released.blur, released.decision) == ("released", "pil", "sgd")
-    assert CMDIAD.PREPARATION == {"paper": "btf", "released": "btf"}
+    assert CMDIAD.PREPARATION == {"": "cloud", "fast": "cloud", "paper": "btf", "released": "btf"}
 
 
 def test_a_size_that_patches_do_not_divide_is_refused():
@@ -649,4 +651,4 @@ def test_a_part_with_the_main_file_alone_gets_the_same_decision(main_view, tmp_p
     assert rows[0]["decision"] == rows[1]["decision"] in ("accept", "reject")
     assert rows[0]["used"] == rows[1]["used"] == [main_view]
     assert main(["predict", str(model), str(photo if main_view == "xyz" else scan)]) == 2
-    assert f"has no '{main_view}'" in capsys.readouterr().err
+    assert f"'{main_view}'" in capsys.readouterr().err

@@ -31,6 +31,8 @@ from tiny import SIZE, blinded, take, tiny_batch
 SMALL = {
     "weights": "random",
     "point_weights": "random",
+    "point_backbone": "point_mae",
+    "image_score": "reweighted",
     "point_layers": (0, 1),
     "groups": 32,
     "group_size": 8,

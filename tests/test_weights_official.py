@@ -413,7 +413,7 @@ def test_import_writes_the_same_tensors_with_their_origin(tmp_path, capsys):
     assert out.read_bytes() == first
     assert [path.name for path in out.parent.iterdir()] == [out.name]
     with safe_open(out, framework="pt") as file:
-        assert json.loads(file.metadata()["polyspect"]) == {"format": 1, "imported": about}
+        assert json.loads(file.metadata()["polyspect"]) == {"format": FORMAT, "imported": about}
     here, there = load_checkpoint(out, "crd", ours), load_checkpoint(source, "crd", ours)
     assert here.keys() == there.keys()
     assert all(torch.equal(here[name], there[name]) for name in here)
