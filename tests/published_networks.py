@@ -112,3 +112,14 @@ def mapping(inputs: int, outputs: int, big: bool = False) -> Shapes:
     for name in [f"projection_{letter}" for letter in "abcde"] if big else ["projection"]:
         shapes |= layer(name, width, width)
     return shapes
+
+
+def pdn(size: str, outputs: int = 384) -> Shapes:
+    """EfficientAD's patch description network, with anomalib's names."""
+    widths, kernels = (3, 128, 256, 256, outputs), (4, 4, 3, 4)
+    if size == "medium":
+        widths, kernels = (3, 256, 512, 512, 512, outputs, outputs), (4, 4, 1, 3, 4, 1)
+    shapes: Shapes = {}
+    for index, kernel in enumerate(kernels):
+        shapes |= layer(f"conv{index + 1}", widths[index + 1], widths[index], kernel, kernel)
+    return shapes
