@@ -123,3 +123,18 @@ def pdn(size: str, outputs: int = 384) -> Shapes:
     for index, kernel in enumerate(kernels):
         shapes |= layer(f"conv{index + 1}", widths[index + 1], widths[index], kernel, kernel)
     return shapes
+
+
+def signed_distance(width: int = 512) -> Shapes:
+    """Shape-Guided's SDF model, with weight norm in its old names."""
+    shapes: Shapes = {}
+    for index, (a, b) in enumerate(((3, 64), (64, 128), (128, 1024)), start=1):
+        shapes |= layer(f"encoder.conv{index}", b, a, 1)
+    shapes |= layer("encoder.fc1", 512, 1024) | layer("encoder.fc2", 128, 512)
+    for index, channels in enumerate((64, 128, 1024, 512, 128), start=1):
+        shapes |= batch_norm(f"encoder.bn{index}", channels)
+    shapes |= layer("NIF.fc1", width, 128) | layer("NIF.fc2", width, 3) | layer("NIF.fc3", width, 2 * width)
+    for index in range(7):
+        name = f"NIF.fc4{index}"
+        shapes |= {f"{name}.bias": (width,), f"{name}.weight_g": (width, 1), f"{name}.weight_v": (width, width)}
+    return shapes | layer("NIF.fc5", 1, width)

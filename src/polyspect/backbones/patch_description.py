@@ -7,7 +7,8 @@ same shape MDSS's student.
 Between input and output lie only convolutions, ReLU and two 2x2 means, so that a feature depends on nothing outside
 its window. Without padding, feature (i, j) sees rows 4i .. 4i+32 and columns 4j .. 4j+32 and is centred on pixel
 (4i+16, 4j+16). With padding the grid grows by four cells at every side: feature (i, j) sees 4i-16 .. 4i+16 and is
-centred on pixel (4i, 4j). The padded grid without its outer four cells is the unpadded one, number for number.
+centred on pixel (4i, 4j). Where sides are multiples of 4, the padded grid without its outer four cells is the unpadded
+one.
 """
 
 from __future__ import annotations
@@ -58,18 +59,13 @@ class PatchDescription(nn.Module):
         if size not in _PLANS:
             raise ConfigError(f"`size` of the patch description network must be 'small' or 'medium', got '{size}'")
         widths = (3, 128, 256, 256, outputs) if size == "small" else (3, 256, 512, 512, 512, outputs, outputs)
-        self.size, self.padding = size, padding
+        self.size, self.outputs, self.padding = size, outputs, padding
         self.convolutions = nn.ModuleList(
             nn.Conv2d(a, b, kernel, padding=pad if padding else 0)
             for (a, b), (kernel, pad) in zip(pairwise(widths), _PLANS[size], strict=True)
         )
         self.register_buffer("mean", torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(_STD).view(3, 1, 1), persistent=False)
-
-    @property
-    def outputs(self) -> int:
-        """Channels of the features."""
-        return int(self.convolutions[-1].out_channels)
 
     def forward(self, image: Tensor) -> Tensor:
         """Map images (B, 3, H, W) in 0..1 to features (B, outputs, h, w), any sign.
