@@ -138,3 +138,24 @@ def signed_distance(width: int = 512) -> Shapes:
         name = f"NIF.fc4{index}"
         shapes |= {f"{name}.bias": (width,), f"{name}.weight_g": (width, 1), f"{name}.weight_v": (width, width)}
     return shapes | layer("NIF.fc5", 1, width)
+
+
+def ast_teacher(channels: int, hidden: int = 64, position: int = 32, kernels: tuple[int, ...] = (3, 3, 3, 5)) -> Shapes:
+    """AST's flow, an even number of channels."""
+    shapes: Shapes = {}
+    for index, kernel in enumerate(kernels):
+        for half in ("s1", "s2"):
+            name = f"module_list.{2 * index + (3 if position else 2)}.{half}"
+            shapes |= {f"{name}.gamma": (1,)}
+            shapes |= layer(f"{name}.conv1", hidden, channels // 2 + position, kernel, kernel)
+            shapes |= layer(f"{name}.conv2", channels, hidden, kernel, kernel)
+    return shapes
+
+
+def ast_student(channels: int, hidden: int = 1024, position: int = 32, blocks: int = 4) -> Shapes:
+    """AST's student, with the factor that it never uses."""
+    shapes = layer("conv1", hidden, channels + position, 3, 3) | layer("conv2", channels, hidden, 3, 3)
+    for name in (f"res.{index}" for index in range(blocks)):
+        shapes |= layer(f"{name}.l1", hidden, hidden, 3, 3) | layer(f"{name}.l2", hidden, hidden, 3, 3)
+        shapes |= batch_norm(f"{name}.bn1", hidden) | batch_norm(f"{name}.bn2", hidden)
+    return shapes | {"gamma": (1,)}

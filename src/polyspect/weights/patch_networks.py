@@ -4,6 +4,8 @@
     EfficientAD   0.*, 3.*, 6.*, 8.* (its public port)       backbones.patch_description.PatchDescription
     EfficientAD   conv1.*, ..., conv4.* (anomalib)           the same
     Shape-Guided  {"sdf_model": encoder.*, NIF.*, ...}       layers.signed_distance.SignedDistance
+    AST teacher   module_list.{3,5,7,9}.{s1,s2}.*            layers.flow.Flow
+    AST student   conv1.*, res.*, conv2.*, gamma             layers.flow.ConvStudent
 
 Every function takes the file's content or its state dict, reads only names, shapes and kinds from the network, and
 raises WeightsError for a tensor that is unknown, missing, of another shape or kind, or not finite.
@@ -18,6 +20,8 @@ from .renaming import rename, unwrap
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from ..layers.flow import ConvStudent, Flow
 
 _SEQUENCE = (0, 3, 6, 8, 10, 12)  # places of the convolutions among activations and means
 _ENCODER = ("conv1", "conv2", "conv3", "fc1", "fc2")
@@ -56,3 +60,33 @@ def signed_distance_state(content: Any, network: nn.Module, origin: str = "the S
     names |= {"NIF.fc1.": "field.of_code.", "NIF.fc2.": "field.of_point.", "NIF.fc3.": "field.join."}
     names["NIF.fc5."] = "field.output."
     return rename(unwrap(content, "sdf_model", origin), network, names, (), origin)
+
+
+def flow_state(content: Any, network: Flow, origin: str = "the AST teacher's checkpoint") -> State:
+    """The state dict of a `Flow` from AST's ``*_teacher.pth``; the permutations are no part of either.
+
+    The file numbers the nodes of a graph, with one more in front where there is a positional encoding.
+
+    Raises:
+        WeightsError: a tensor does not fit (names it): the file may be of another mode.
+    """
+    names: dict[str, str] = {}
+    for index in range(len(network.blocks)):
+        node = f"module_list.{2 * index + (3 if network.position else 2)}"
+        for theirs, ours in (("s1", "of_first"), ("s2", "of_second")):
+            names[f"{node}.{theirs}.gamma"] = f"blocks.{index}.{ours}.gain"
+            names[f"{node}.{theirs}."] = f"blocks.{index}.{ours}."
+    return rename(unwrap(content, "state_dict", origin), network, names, (), origin)
+
+
+def conv_student_state(content: Any, network: ConvStudent, origin: str = "the AST student's checkpoint") -> State:
+    """The state dict of a `ConvStudent` from AST's ``*_student.pth``. Dropped: its ``gamma``, which is never used.
+
+    Raises:
+        WeightsError: a tensor does not fit (names it): the file may be of another mode.
+    """
+    names = {"conv1.": "input.", "conv2.": "output."}
+    for index in range(len(network.blocks)):
+        for theirs, ours in (("l1", "conv1"), ("l2", "conv2"), ("bn1", "norm1"), ("bn2", "norm2")):
+            names[f"res.{index}.{theirs}."] = f"blocks.{index}.{ours}."
+    return rename(unwrap(content, "state_dict", origin), network, names, ("gamma",), origin)
