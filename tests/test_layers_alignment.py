@@ -23,6 +23,7 @@ def test_by_hand():
     assert_close(line, torch.tensor([0.02, -0.01], dtype=torch.float64), rtol=1e-5, atol=1e-7)
     assert_close(align(torch.tensor([[3.5, 0.5, 0.4, 0.0]]), line), torch.tensor([[0.06, 0.0, 0.0, 0.0]]))
     assert align(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 5.0])).tolist() == [0, 7]
+    assert align(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 5.0]), background=True).tolist() == [5, 7]
 
 
 def test_mean_and_three_deviations_meet():

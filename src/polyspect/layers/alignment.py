@@ -42,7 +42,12 @@ def matching_line(source: Tensor, target: Tensor) -> Tensor:
     return torch.stack([weight, wanted - weight * mean])
 
 
-def align(maps: Tensor, line: Tensor) -> Tensor:
-    """Maps of any shape on the other scale: ``w * maps + b``, not below 0; zeros, where there is no part, stay 0."""
+def align(maps: Tensor, line: Tensor, *, background: bool = False) -> Tensor:
+    """Maps of any shape on the other scale: ``w * maps + b``, not below 0.
+
+    Args:
+        background: Lift zeros, where there is no part, to b as the program of Shape-Guided does; else they stay 0.
+    """
     weight, offset = line.to(maps)
-    return torch.where(maps != 0, (weight * maps + offset).clamp(min=0), 0)
+    aligned = (weight * maps + offset).clamp(min=0)
+    return aligned if background else torch.where(maps != 0, aligned, 0)
