@@ -112,3 +112,50 @@ def mapping(inputs: int, outputs: int, big: bool = False) -> Shapes:
     for name in [f"projection_{letter}" for letter in "abcde"] if big else ["projection"]:
         shapes |= layer(name, width, width)
     return shapes
+
+
+def pdn(size: str, outputs: int = 384) -> Shapes:
+    """EfficientAD's patch description network, with anomalib's names."""
+    widths, kernels = (3, 128, 256, 256, outputs), (4, 4, 3, 4)
+    if size == "medium":
+        widths, kernels = (3, 256, 512, 512, 512, outputs, outputs), (4, 4, 1, 3, 4, 1)
+    shapes: Shapes = {}
+    for index, kernel in enumerate(kernels):
+        shapes |= layer(f"conv{index + 1}", widths[index + 1], widths[index], kernel, kernel)
+    return shapes
+
+
+def signed_distance(width: int = 512) -> Shapes:
+    """Shape-Guided's SDF model, with weight norm in its old names."""
+    shapes: Shapes = {}
+    for index, (a, b) in enumerate(((3, 64), (64, 128), (128, 1024)), start=1):
+        shapes |= layer(f"encoder.conv{index}", b, a, 1)
+    shapes |= layer("encoder.fc1", 512, 1024) | layer("encoder.fc2", 128, 512)
+    for index, channels in enumerate((64, 128, 1024, 512, 128), start=1):
+        shapes |= batch_norm(f"encoder.bn{index}", channels)
+    shapes |= layer("NIF.fc1", width, 128) | layer("NIF.fc2", width, 3) | layer("NIF.fc3", width, 2 * width)
+    for index in range(7):
+        name = f"NIF.fc4{index}"
+        shapes |= {f"{name}.bias": (width,), f"{name}.weight_g": (width, 1), f"{name}.weight_v": (width, width)}
+    return shapes | layer("NIF.fc5", 1, width)
+
+
+def ast_teacher(channels: int, hidden: int = 64, position: int = 32, kernels: tuple[int, ...] = (3, 3, 3, 5)) -> Shapes:
+    """AST's flow, an even number of channels."""
+    shapes: Shapes = {}
+    for index, kernel in enumerate(kernels):
+        for half in ("s1", "s2"):
+            name = f"module_list.{2 * index + (3 if position else 2)}.{half}"
+            shapes |= {f"{name}.gamma": (1,)}
+            shapes |= layer(f"{name}.conv1", hidden, channels // 2 + position, kernel, kernel)
+            shapes |= layer(f"{name}.conv2", channels, hidden, kernel, kernel)
+    return shapes
+
+
+def ast_student(channels: int, hidden: int = 1024, position: int = 32, blocks: int = 4) -> Shapes:
+    """AST's student, with the factor that it never uses."""
+    shapes = layer("conv1", hidden, channels + position, 3, 3) | layer("conv2", channels, hidden, 3, 3)
+    for name in (f"res.{index}" for index in range(blocks)):
+        shapes |= layer(f"{name}.l1", hidden, hidden, 3, 3) | layer(f"{name}.l2", hidden, hidden, 3, 3)
+        shapes |= batch_norm(f"{name}.bn1", hidden) | batch_norm(f"{name}.bn2", hidden)
+    return shapes | {"gamma": (1,)}

@@ -22,7 +22,7 @@ from polyspect.detectors.forward_distillation import ForwardDistillation, Forwar
 from polyspect.detectors.reverse_distillation import ReverseDistillation, ReverseDistillationConfig
 from polyspect.errors import WeightsError
 from polyspect.fitting.engine import Engine, EngineConfig
-from polyspect.fitting.modelfile import write_tensors
+from polyspect.fitting.modelfile import FORMAT, write_tensors
 from polyspect.layers.blocks import ReverseDecoder
 from polyspect.layers.bottleneck import OneClassEmbedding
 from polyspect.model import Model

@@ -1,0 +1,92 @@
+"""Published networks of small patches: EfficientAD's teacher, Shape-Guided's signed distances, AST's pair.
+
+    file                                                     network
+    EfficientAD   0.*, 3.*, 6.*, 8.* (its public port)       backbones.patch_description.PatchDescription
+    EfficientAD   conv1.*, ..., conv4.* (anomalib)           the same
+    Shape-Guided  {"sdf_model": encoder.*, NIF.*, ...}       layers.signed_distance.SignedDistance
+    AST teacher   module_list.{3,5,7,9}.{s1,s2}.*            layers.flow.Flow
+    AST student   conv1.*, res.*, conv2.*, gamma             layers.flow.ConvStudent
+
+Every function takes the file's content or its state dict, reads only names, shapes and kinds from the network, and
+raises WeightsError for a tensor that is unknown, missing, of another shape or kind, or not finite.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .convert import State
+from .renaming import rename, unwrap
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..layers.flow import ConvStudent, Flow
+
+_SEQUENCE = (0, 3, 6, 8, 10, 12)  # places of the convolutions among activations and means
+_ENCODER = ("conv1", "conv2", "conv3", "fc1", "fc2")
+_NEW_WEIGHT_NORM = ("parametrizations.weight.original0", "parametrizations.weight.original1")
+
+
+def patch_description_state(content: Any, network: nn.Module, origin: str = "the EfficientAD checkpoint") -> State:
+    """The state dict of a `PatchDescription`, small or medium, from a teacher of either public implementation.
+
+    The files differ in names and in where the image is normalised (in the network, or before it), not in numbers.
+
+    Raises:
+        WeightsError: a tensor does not fit (names it): the file may be of the other size.
+    """
+    names: dict[str, str] = {}
+    for index, place in enumerate(_SEQUENCE):
+        names |= {f"{place}.": f"convolutions.{index}.", f"conv{index + 1}.": f"convolutions.{index}."}
+    return rename(unwrap(content, "state_dict", origin), network, names, (), origin)
+
+
+def signed_distance_state(content: Any, network: nn.Module, origin: str = "the Shape-Guided checkpoint") -> State:
+    """The state dict of a `SignedDistance` from Shape-Guided's ``ckpt_*.pth``.
+
+    Weight norm is kept, gain and direction, under the names of torch's old and new implementation.
+
+    Raises:
+        WeightsError: a tensor does not fit (names it).
+    """
+    names = {f"encoder.{layer}.": f"encoder.layers.{i}." for i, layer in enumerate(_ENCODER)}
+    names |= {f"encoder.bn{i + 1}.": f"encoder.norms.{i}." for i in range(len(_ENCODER))}
+    for i in range(7):
+        for gain, direction in (("weight_g", "weight_v"), _NEW_WEIGHT_NORM):
+            names |= {f"NIF.fc4{i}.{gain}": f"field.hidden.{i}.gain"}
+            names |= {f"NIF.fc4{i}.{direction}": f"field.hidden.{i}.direction"}
+        names[f"NIF.fc4{i}.bias"] = f"field.hidden.{i}.bias"
+    names |= {"NIF.fc1.": "field.of_code.", "NIF.fc2.": "field.of_point.", "NIF.fc3.": "field.join."}
+    names["NIF.fc5."] = "field.output."
+    return rename(unwrap(content, "sdf_model", origin), network, names, (), origin)
+
+
+def flow_state(content: Any, network: Flow, origin: str = "the AST teacher's checkpoint") -> State:
+    """The state dict of a `Flow` from AST's ``*_teacher.pth``; the permutations are no part of either.
+
+    The file numbers the nodes of a graph, with one more in front where there is a positional encoding.
+
+    Raises:
+        WeightsError: a tensor does not fit (names it): the file may be of another mode.
+    """
+    names: dict[str, str] = {}
+    for index in range(len(network.blocks)):
+        node = f"module_list.{2 * index + (3 if network.position else 2)}"
+        for theirs, ours in (("s1", "of_first"), ("s2", "of_second")):
+            names[f"{node}.{theirs}.gamma"] = f"blocks.{index}.{ours}.gain"
+            names[f"{node}.{theirs}."] = f"blocks.{index}.{ours}."
+    return rename(unwrap(content, "state_dict", origin), network, names, (), origin)
+
+
+def conv_student_state(content: Any, network: ConvStudent, origin: str = "the AST student's checkpoint") -> State:
+    """The state dict of a `ConvStudent` from AST's ``*_student.pth``. Dropped: its ``gamma``, which is never used.
+
+    Raises:
+        WeightsError: a tensor does not fit (names it): the file may be of another mode.
+    """
+    names = {"conv1.": "input.", "conv2.": "output."}
+    for index in range(len(network.blocks)):
+        for theirs, ours in (("l1", "conv1"), ("l2", "conv2"), ("bn1", "norm1"), ("bn2", "norm2")):
+            names[f"res.{index}.{theirs}."] = f"blocks.{index}.{ours}."
+    return rename(unwrap(content, "state_dict", origin), network, names, ("gamma",), origin)
