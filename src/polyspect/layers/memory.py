@@ -354,8 +354,8 @@ class MemoryBank(nn.Module):
     def estimate(self, rows: int, dimension: int) -> BankBytes:
         """Memory that `build` will take for `rows` patches of `dimension`.
 
-        The tensors' own sizes; the allocator may hold half as much again. The selection's blocks are those of its start;
-        it enlarges them while distances tie or nearly tie.
+        The tensors' own sizes: the allocator may hold half as much again. The selection's blocks are those of its
+        start; it enlarges them while distances tie or nearly tie.
         """
         kept = max(1, min(rows, self.max_bytes // (4 * dimension)))
         size = self._size(kept)
