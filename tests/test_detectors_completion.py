@@ -221,18 +221,28 @@ def test_a_model_is_completed_once_and_only_if_it_is_calibrated(files, root: Pat
         ps.complete(model, **where)
 
 
-@pytest.mark.parametrize("name", ["m3dm", "cfm"])
-def test_point_groups_are_filled_in_as_well(name: str):
+POINTS = {"point_weights": "random", "groups": 32, "group_size": 8, "point_layers": (0,)}
+
+
+@pytest.mark.parametrize(
+    ("name", "small"),
+    [
+        ("m3dm", POINTS | {"uff_steps": 4, "uff_warmup": 1}),
+        ("cfm", POINTS | {"epochs": 2}),
+        ("cmdiad", POINTS | {"banks": "dual"}),
+        ("btf", {"features": ("rgb_inet", "hog")}),  # on a grid of 28 cells, whatever the size of the part
+        ("mmrd", {"modalities": ("rgb", "depth"), "epochs": 2}),
+    ],
+)
+def test_every_kind_of_features_is_filled_in(name: str, small: dict):
     kind = detector_class(name)
-    small = {"point_weights": "random", "groups": 32, "group_size": 8, "point_layers": (0,)}
-    small |= {"uff_steps": 4, "uff_warmup": 1} if name == "m3dm" else {"epochs": 2}
     detector = engine().fit(kind(configure(kind, small, "fast")), {"train": TRAIN, "validation": HELD})
     completion = engine().fit(Completion(detector, CompletionConfig(epochs=4, batch_size=4)), {"train": TRAIN})
     batch = tiny_batch([100, 101])
-    for names in (("rgb",), ("xyz",)):
+    for names in completion.choices[1:]:
         images = {view: batch.images[view] for view in names}
         whole = torch.ones_like(batch.valid)
-        part = replace(batch, images=images) if names == ("xyz",) else Batch(batch.ids, images, whole, whole)
+        part = replace(batch, images=images) if names != ("rgb",) else Batch(batch.ids, images, whole, whole)
         prediction = completion(part)
         assert bool(torch.isfinite(prediction.map).all())
         assert float(prediction.map.flatten(1).std(1).min()) > 0

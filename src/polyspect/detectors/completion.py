@@ -33,7 +33,7 @@ from ..samples import MODALITIES, Batch, Features, Prediction, is_geometric
 from .contract import Detector, Optimise, Stage, evaluating, require, seeded
 
 _require = partial(require, "completion")
-_PROBE = 128  # pixels, side of the empty part that shows the features' names and channels
+_PROBES = (128, 256)  # pixels, sides of the empty parts that show the features' names, channels and grids
 _FREE = ("valid", "foreground")  # features that belong to no modality
 
 
@@ -85,15 +85,17 @@ class Completion(Detector):
                 f"{type(inner).__name__} on {', '.join(inner.modalities)} has no second modality to do without"
             )
         self.inner = inner
-        self._channels = self._probe()
+        self._shapes = self._probe()
         with seeded(self.config.seed):
             self.networks = nn.ModuleDict(
                 {
                     f"{a}_to_{b}": nn.ModuleList(
                         PatchHallucination(
-                            sum(self._channels[a].values()), channels, output_activation=self.config.output_activation
+                            sum(shape.channels for shape in self._shapes[a].values()),
+                            target.channels,
+                            output_activation=self.config.output_activation,
                         )
-                        for channels in self._channels[b].values()
+                        for target in self._shapes[b].values()
                     )
                     for a in inner.modalities
                     for b in inner.modalities
@@ -185,8 +187,8 @@ class Completion(Detector):
         """The features of modality `b`, each the mean over the modalities that are there."""
         H, W = features["valid"].shape[-2:]
         made: dict[str, Tensor] = {}
-        for index, (key, (channels, reduction)) in enumerate(self._shapes[b].items()):
-            h, w = -(-H // reduction), -(-W // reduction)
+        for index, (key, shape) in enumerate(self._shapes[b].items()):
+            channels, (h, w) = shape.channels, shape.grid(H, W)
             votes = []
             for a, own in grids.items():
                 like = next(iter(own.values())).new_zeros(1, channels, h, w)
@@ -211,33 +213,52 @@ class Completion(Detector):
             return {f"{name}.groups": point_grid(features, grid, name).float()}
         return {key: x.float() for key, x in own.items()}
 
-    def _probe(self) -> dict[str, dict[str, int]]:
-        """Modality -> name -> channels of its feature maps, from an empty part; sets their reductions too.
+    def _probe(self) -> dict[str, dict[str, _Shape]]:
+        """Modality -> name -> shape of its feature maps, from empty parts of two sizes.
 
         Raises:
             ConfigError: a feature belongs to no modality, or is no map.
         """
-        nothing = torch.zeros(1, _PROBE, _PROBE, dtype=torch.bool)
+        shapes: dict[str, dict[str, _Shape]] = {}
+        small, large = (self._of_nothing(size) for size in _PROBES)
+        for name in self.inner.modalities:
+            if not small[name] or any(grid.ndim != 4 for grid in small[name].values()):
+                raise ConfigError(f"the features of '{name}' in {type(self.inner).__name__} are no maps (B, C, h, w)")
+            shapes[name] = {
+                key: _Shape(grid.shape[1], grid.shape[-1], grid.shape[-1] == large[name][key].shape[-1])
+                for key, grid in small[name].items()
+            }
+        return shapes
+
+    def _of_nothing(self, size: int) -> dict[str, dict[str, Tensor]]:
+        """The feature maps of an empty part."""
+        nothing = torch.zeros(1, size, size, dtype=torch.bool)
         blank = _with_blanks(Batch(("probe",), {}, nothing, nothing), self.inner.modalities)
         with evaluating(self.inner), torch.no_grad():
             features = self.inner.extract(blank)
-        channels: dict[str, dict[str, int]] = {}
-        self._shapes: dict[str, dict[str, tuple[int, int]]] = {}  # key -> channels, pixels per cell
         for key in features:
             if key not in _FREE and self.inner.modality_of(key) not in self.inner.modalities:
                 raise ConfigError(
                     f"{type(self.inner).__name__} joins its modalities before it keeps their features ('{key}'): a "
                     f"missing one cannot be filled in"
                 )
-        for name in self.inner.modalities:
-            grids = self._grids(features, name)
-            if not grids or any(grid.ndim != 4 for grid in grids.values()):
-                raise ConfigError(f"the features of '{name}' in {type(self.inner).__name__} are no maps (B, C, h, w)")
-            channels[name] = {key: grid.shape[1] for key, grid in grids.items()}
-            self._shapes[name] = {
-                key: (grid.shape[1], max(1, round(_PROBE / grid.shape[-1]))) for key, grid in grids.items()
-            }
-        return channels
+        return {name: self._grids(features, name) for name in self.inner.modalities}
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """Shape of a feature map: `cells` along a side of a part of 128 pixels, or of any part if `fixed`."""
+
+    channels: int
+    cells: int
+    fixed: bool
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of the map of a part."""
+        if self.fixed:
+            return self.cells, self.cells
+        reduction = max(1, round(_PROBES[0] / self.cells))
+        return -(-height // reduction), -(-width // reduction)
 
 
 def _with_blanks(batch: Batch, missing: Sequence[str]) -> Batch:
