@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..backbones.point_transformer import Statistics
-from ..backbones.points import DEFAULT_POINT_BACKBONE, PointBackbone
+from ..backbones.points import DEFAULT_POINT_BACKBONE
 from ..errors import WeightsError
 from ..geometry.interpolation import LinearMap
 from ..layers.feature_mapping import FeatureMapping, mapping_loss
 from ..layers.maps import gaussian_smooth
-from ..layers.rgb_points import RGBPoints, image_backbone, measured_patches, point_pixels, rgb_pixels
+from ..layers.rgb_points import build_extractor, measured_patches, point_pixels, rgb_pixels
 from ..samples import Batch, Features, Prediction
 from ..weights.convert import read_file
 from ..weights.cross_modal import feature_mapping_state, feature_mapping_widths
@@ -130,19 +130,7 @@ class CFM(Detector):
     def __init__(self, config: CFMConfig, *, pretrained: bool = True) -> None:
         super().__init__(config)
         c = config
-        self.extractor = RGBPoints(
-            image_backbone(c.backbone, c.reductions, c.weights, pretrained, c.seed, blocks=c.blocks_kept),
-            PointBackbone(
-                c.point_backbone,
-                layers=c.layers,
-                groups=c.groups,
-                group_size=c.group_size,
-                weights=c.point_weights,
-                pretrained=pretrained,
-                seed=c.seed,
-                statistics=c.statistics,
-            ),
-        )
+        self.extractor = build_extractor(c, c.layers, pretrained=pretrained, blocks=c.blocks_kept)
         self.sources |= self.extractor.sources
         rgb, xyz = (self.extractor.channels[name] for name in ("rgb", "xyz"))
         hidden = HIDDEN_LAYERS[c.mapper]

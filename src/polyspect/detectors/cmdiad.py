@@ -37,7 +37,7 @@ from torch.nn import functional as F
 
 from ..backbones.point_transformer import Statistics
 from ..backbones.point_weights import load_point_transformer
-from ..backbones.points import DEFAULT_POINT_BACKBONE, PointBackbone, patch_features
+from ..backbones.points import DEFAULT_POINT_BACKBONE, patch_features
 from ..layers.decision import DecisionLayer
 from ..layers.distances import Metric, distances_to, nearest_rows
 from ..layers.hallucination import (
@@ -52,7 +52,7 @@ from ..layers.hallucination import (
 )
 from ..layers.maps import MapMoments, top_mean
 from ..layers.memory import MemoryBank, Reweighting, reweight
-from ..layers.rgb_points import RGBPoints, image_backbone, measured_patches, point_patches, rgb_patches
+from ..layers.rgb_points import build_extractor, measured_patches, point_patches, rgb_patches
 from ..layers.smoothing import Blur, smooth
 from ..samples import Batch, Features, Prediction
 from ..weights.convert import State, read_file
@@ -254,21 +254,8 @@ class CMDIAD(Detector):
     def __init__(self, config: CMDIADConfig, *, pretrained: bool = True) -> None:
         super().__init__(config)
         c = config
-        rgb = image_backbone(c.backbone, c.reductions, c.weights, pretrained, c.seed) if "rgb" in c.modalities else None
-        xyz = None
-        if "xyz" in c.modalities:
-            xyz = PointBackbone(
-                c.point_backbone,
-                layers=outer_layers(c.point_backbone) if c.point_layers is None else c.point_layers,
-                groups=c.groups,
-                group_size=c.group_size,
-                weights=c.point_weights,
-                pretrained=pretrained,
-                seed=c.seed,
-                statistics=c.statistics,
-                released_sampling=c.released_sampling,
-            )
-        self.extractor = RGBPoints(rgb, xyz)
+        layers = outer_layers(c.point_backbone) if c.point_layers is None else c.point_layers
+        self.extractor = build_extractor(c, layers, pretrained=pretrained, released_sampling=c.released_sampling)
         self.sources |= self.extractor.sources
         self.network: nn.Module | None = None
         if c.banks == "mtfi":

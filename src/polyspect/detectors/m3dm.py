@@ -32,14 +32,14 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..backbones.point_transformer import Statistics
-from ..backbones.points import DEFAULT_POINT_BACKBONE, PointBackbone
+from ..backbones.points import DEFAULT_POINT_BACKBONE
 from ..errors import ShapeError
 from ..layers.decision import DecisionLayer
 from ..layers.feature_fusion import FeatureFusion
 from ..layers.maps import top_mean
 from ..layers.memory import MemoryBank, Reweighting
 from ..layers.patches import match_patches, worst_patch
-from ..layers.rgb_points import RGBPoints, image_backbone, measured_patches, point_patches, rgb_patches
+from ..layers.rgb_points import build_extractor, measured_patches, point_patches, rgb_patches
 from ..layers.smoothing import Blur, smooth
 from ..samples import Batch, Features, Prediction
 from ..weights.convert import read_file
@@ -227,20 +227,7 @@ class M3DM(Detector):
     def __init__(self, config: M3DMConfig, *, pretrained: bool = True) -> None:
         super().__init__(config)
         c = config
-        rgb = image_backbone(c.backbone, c.reductions, c.weights, pretrained, c.seed) if "rgb" in c.modalities else None
-        xyz = None
-        if "xyz" in c.modalities:
-            xyz = PointBackbone(
-                c.point_backbone,
-                layers=c.point_layers,
-                groups=c.groups,
-                group_size=c.group_size,
-                weights=c.point_weights,
-                pretrained=pretrained,
-                seed=c.seed,
-                statistics=c.statistics,
-            )
-        self.extractor = RGBPoints(rgb, xyz)
+        self.extractor = build_extractor(c, c.point_layers, pretrained=pretrained)
         self.sources |= self.extractor.sources
         self.uff: FeatureFusion | None = None
         if c.uff and "fused" in c.banks:

@@ -8,13 +8,14 @@ made from that when they are needed, by one sparse product (points) and one resi
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..backbones.image import ImageBackbone
+from ..backbones.point_transformer import Statistics
 from ..backbones.points import PointBackbone, patch_features
 from ..geometry.interpolation import LinearMap, enlarge_at, pool_pixels_at
 from ..samples import Batch, Features
@@ -93,6 +94,66 @@ def image_backbone(
         final_norm=is_plain_vit(name),
         blocks=blocks,
     )
+
+
+class ExtractorConfig(Protocol):
+    """The settings of `build_extractor`, as the configs of these methods name them."""
+
+    @property
+    def backbone(self) -> str: ...
+    @property
+    def reductions(self) -> tuple[int, ...]: ...
+    @property
+    def weights(self) -> str: ...
+    @property
+    def point_backbone(self) -> str: ...
+    @property
+    def point_weights(self) -> str: ...
+    @property
+    def groups(self) -> int: ...
+    @property
+    def group_size(self) -> int: ...
+    @property
+    def statistics(self) -> Statistics: ...
+    @property
+    def modalities(self) -> tuple[str, ...]: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def build_extractor(
+    config: ExtractorConfig,
+    layers: Sequence[int] | None,
+    *,
+    pretrained: bool,
+    blocks: int | None = None,
+    released_sampling: bool = False,
+) -> RGBPoints:
+    """The extractors that a method's settings ask for, those of its `modalities` only.
+
+    Args:
+        config: Of the method.
+        layers: Blocks of the point network whose outputs are joined; None: the network's own.
+        pretrained: False builds only, because all tensors are about to be loaded from a model file.
+        blocks: Blocks of the image network that are kept, see `ImageBackbone`.
+        released_sampling: See `PointBackbone`.
+    """
+    c, rgb, xyz = config, None, None
+    if "rgb" in c.modalities:
+        rgb = image_backbone(c.backbone, c.reductions, c.weights, pretrained, c.seed, blocks)
+    if "xyz" in c.modalities:
+        xyz = PointBackbone(
+            c.point_backbone,
+            layers=layers,
+            groups=c.groups,
+            group_size=c.group_size,
+            weights=c.point_weights,
+            pretrained=pretrained,
+            seed=c.seed,
+            statistics=c.statistics,
+            released_sampling=released_sampling,
+        )
+    return RGBPoints(rgb, xyz)
 
 
 def is_plain_vit(name: str) -> bool:
