@@ -108,16 +108,10 @@ def fit(
     }
     parts = Parts(reader, train, chosen, **common, broken=broken["train"] if broken else None)
     held = Parts(reader, validation, chosen, **common, broken=broken["validation"] if broken else None)
-    engine_config = EngineConfig(
-        seed=seed,
-        device=device,
-        precision=precision,
-        compile=compile,
-        cache=str(cache_folder) if cache_folder else None,
-        cache_bytes=int(cache_gb * 2**30),
-    )
     # a device or weights that cannot be had are errors before the long work starts
-    engine = Engine(engine_config, checkpoint=Path(f"{out}.checkpoint") if out else None, progress=progress)
+    engine = _engine(
+        out, cache_folder, cache_gb, progress, seed=seed, device=device, precision=precision, compile=compile
+    )
     network = kind(config)
     with progress:
         with progress.task("prepare", len(train) + len(validation)) as advance:
@@ -204,14 +198,7 @@ def complete(
         "on_error": on_error,
     }
     parts = Parts(reader, train, fitted.preparation, **common, broken=broken["train"] if broken else None)
-    engine_config = EngineConfig(
-        seed=seed,
-        device=device,
-        precision=precision,
-        cache=str(cache_folder) if cache_folder else None,
-        cache_bytes=int(cache_gb * 2**30),
-    )
-    engine = Engine(engine_config, checkpoint=Path(f"{out}.checkpoint") if out else None, progress=progress)
+    engine = _engine(out, cache_folder, cache_gb, progress, seed=seed, device=device, precision=precision)
     with progress:
         with progress.task("prepare", len(train)) as advance:
             parts.check(advance=advance)
@@ -376,6 +363,12 @@ def evaluate(
 
 
 # -- pieces ----------------------------------------------------------------------------------------------------------
+
+
+def _engine(out: str | Path | None, cache: Path | None, cache_gb: float, progress: Progress, **settings: Any) -> Engine:
+    """The engine of a fit that writes to `out`, its checkpoint beside it."""
+    config = EngineConfig(cache=str(cache) if cache else None, cache_bytes=int(cache_gb * 2**30), **settings)
+    return Engine(config, checkpoint=Path(f"{out}.checkpoint") if out else None, progress=progress)
 
 
 def _choose(
