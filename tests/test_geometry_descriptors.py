@@ -85,7 +85,7 @@ def test_hog_equals_its_definition_in_loops(scale: float):
 
 
 def test_hog_equals_scikit_image():
-    skimage = pytest.importorskip("skimage.feature")
+    skimage = pytest.importorskip("skimage.feature", reason="compares with scikit-image, which is not installed")
     image = random(1, 1, 40, 67)
     expected = skimage.hog(image[0, 0].numpy(), orientations=8, pixels_per_cell=(8, 8), cells_per_block=(1, 1))
     assert_close(hog(image)[0].movedim(0, -1).flatten(), torch.from_numpy(expected), rtol=0, atol=1e-6)
@@ -158,7 +158,7 @@ def test_sift_forgets_offset_and_contrast():
 
 
 def test_sift_equals_kornia():
-    kornia = pytest.importorskip("kornia.feature")
+    kornia = pytest.importorskip("kornia.feature", reason="compares with kornia, which is not installed")
     descriptor = kornia.DenseSIFTDescriptor()
     descriptor.PoolingConv.dilation = (1, 1)  # bins one pixel apart, as in the version that BTF's code has
     image = 0.01 * random(2, 1, 40, 30)
