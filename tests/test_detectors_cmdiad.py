@@ -589,6 +589,12 @@ def test_a_published_file_is_used_as_it_is(tmp_path):
     assert torch.equal(detector.network.norm.weight, published["xyz_norm.weight"])
     assert not any(stage.name.startswith("hallucination") for stage in detector.stages())
     assert len(detector.sources["network"]["sha256"]) == 64
+    written = str(tmp_path / "both.safetensors")
+    assert main(["weights", "import", str(tmp_path / "MTFI_FtoF_PCs.pth"), "--out", written]) == 0
+    again = build(checkpoint=written).network.state_dict()
+    assert all(torch.equal(again[name], x) for name, x in detector.network.state_dict().items())
+    with pytest.raises(WeightsError, match=r"has 'rgb\.layers\.0\.bias', .*for which ImageHall"):
+        build(checkpoint=written, route="f2i")
     with pytest.raises(ConfigError, match="`trained` of CMDIAD must be true with a `checkpoint`"):
         build(checkpoint="x.pth", trained=False)
 

@@ -265,9 +265,10 @@ def _add_weights(commands: Any) -> None:
     sub = command(
         "import",
         do.run_weights_import,
-        "Bring a published checkpoint of a distillation method to our names, as safetensors; runs no pickled code.",
+        "Bring a published checkpoint to our names, as safetensors; runs no pickled code.",
         "  polyspect weights import --from crd published.pth --out students.safetensors\n"
         "  polyspect weights import --from anomalib-rd model.ckpt --out student.safetensors --json\n"
+        "  polyspect weights import pointmae_pretrain.pth --out point_mae.safetensors\n"
         "  polyspect fit --detector crd --preset paper --set checkpoint=students.safetensors --root parts "
         "--category bagel --out bagel.safetensors\n",
     )
@@ -276,7 +277,8 @@ def _add_weights(commands: Any) -> None:
         "--from",
         dest="source_format",
         metavar="FORMAT",
-        help="crd, rd4ad, anomalib-rd or stfpm (default: told by its names)",
+        help="crd, rd4ad, anomalib-rd, stfpm, m3dm-uff, cmdiad-f2f, cmdiad-f2f-conv, cmdiad-f2i, cmdiad-f2i-mlp, "
+        "cmdiad-i2f, cfm or point-mae (default: told by its names)",
     )
     sub.add_argument("--out", required=True, help="file to write, .safetensors")
     _add_pretraining(command)

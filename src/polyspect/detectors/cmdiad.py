@@ -55,7 +55,7 @@ from ..layers.memory import MemoryBank, Reweighting, reweight
 from ..layers.rgb_points import build_extractor, measured_patches, point_patches, rgb_patches
 from ..layers.smoothing import Blur, smooth
 from ..samples import Batch, Features, Prediction
-from ..weights.convert import State, read_file
+from ..weights.convert import State
 from ..weights.cross_modal import (
     conv_hallucination_state,
     features_from_image_state,
@@ -63,7 +63,7 @@ from ..weights.cross_modal import (
     patch_hallucination_state,
     patch_image_hallucination_state,
 )
-from ..weights.official import checkpoint_source
+from ..weights.official import checkpoint_source, read_network
 from .contract import Detector, Observe, Optimise, Stage, evaluating, require, require_grid, seeded
 
 _require = partial(require, "CMDIAD")
@@ -263,7 +263,8 @@ class CMDIAD(Detector):
                 self.network = hallucination_network(c, self.extractor.channels)
             if c.checkpoint is not None and pretrained:
                 path = Path(c.checkpoint).expanduser()
-                self.network.load_state_dict(published_state(c, read_file(path), self.network, str(path)))
+                content = read_network(path, "cmdiad")
+                self.network.load_state_dict(published_state(c, content, self.network, str(path)))
                 self.sources["network"] = checkpoint_source(path)
         self.banks = nn.ModuleDict({name: self._bank(name) for name in c.names})
         self.decisions = nn.ModuleDict()  # one for the image score, one for the map; none for a single bank

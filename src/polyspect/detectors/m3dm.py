@@ -42,9 +42,8 @@ from ..layers.patches import match_patches, worst_patch
 from ..layers.rgb_points import build_extractor, measured_patches, point_patches, rgb_patches
 from ..layers.smoothing import Blur, smooth
 from ..samples import Batch, Features, Prediction
-from ..weights.convert import read_file
 from ..weights.cross_modal import feature_fusion_state
-from ..weights.official import checkpoint_source
+from ..weights.official import checkpoint_source, read_network
 from .contract import Detector, Observe, Optimise, Stage, require, seeded
 
 _require = partial(require, "M3DM")
@@ -236,7 +235,7 @@ class M3DM(Detector):
                 self.uff = FeatureFusion(widths["xyz"], widths["rgb"])
             if c.uff_checkpoint is not None and pretrained:
                 path = Path(c.uff_checkpoint).expanduser()
-                self.uff.load_state_dict(feature_fusion_state(read_file(path), self.uff, str(path)))
+                self.uff.load_state_dict(feature_fusion_state(read_network(path, "m3dm"), self.uff, str(path)))
                 self.sources["uff"] = checkpoint_source(path)
         self.banks = nn.ModuleDict({name: self._bank(name) for name in c.banks})
         self.decisions = nn.ModuleDict()  # one for the image score, one for the map

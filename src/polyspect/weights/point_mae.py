@@ -6,11 +6,12 @@ beside records of the training. Only its encoder, ``MAE_encoder.``, is of use; i
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import WeightsError
 from .convert import State
-from .renaming import rename, unwrap
+from .renaming import LAYER, Tensors, rename, unwrap
 
 if TYPE_CHECKING:
     from torch import nn
@@ -18,9 +19,9 @@ if TYPE_CHECKING:
 SHA256 = "27ded932bb0a2625d5a8eb006df199b2578598c774aee6d86b985300b6a5fd20"
 """Of the released file, as anomalib's port of CFM pins it."""
 
-_ENCODER = "MAE_encoder."
+ENCODER = "MAE_encoder."
 _BLOCKS = 12  # in the published encoder
-_PRETRAINING = ("mask_token", "decoder_pos_embed.", "MAE_decoder.", "increase_dim.")  # reconstruct masked groups
+PRETRAINING = ("mask_token", "decoder_pos_embed.", "MAE_decoder.", "increase_dim.")  # reconstruct masked groups
 _COUNTERS = tuple(f"encoder.{part}_conv.1.num_batches_tracked" for part in ("first", "second"))
 
 _NAMES = {
@@ -63,14 +64,32 @@ def point_mae_state(content: Any, network: nn.Module, origin: str = "the Point-M
         WeightsError: a tensor is unknown, missing, of another shape or kind, or not finite (names it).
     """
     state = unwrap(content, "base_model", origin)
-    if any(name.startswith(_ENCODER) for name in state):
-        rest = [name for name in state if not name.startswith((_ENCODER, *_PRETRAINING))]
+    if any(name.startswith(ENCODER) for name in state):
+        rest = [name for name in state if not name.startswith((ENCODER, *PRETRAINING))]
         if rest:
             raise WeightsError(f"{origin} has '{rest[0]}', which is no part of Point-MAE: it is of another network")
-        state = {name.removeprefix(_ENCODER): x for name, x in state.items() if name.startswith(_ENCODER)}
+        state = {name.removeprefix(ENCODER): x for name, x in state.items() if name.startswith(ENCODER)}
     depth = len({name.split(".")[1] for name in network.state_dict() if name.startswith("blocks.")})
     names = dict(_NAMES)
     for index in range(depth):
         names |= {f"blocks.blocks.{index}.{old}": f"blocks.{index}.{new}" for old, new in _BLOCK_NAMES.items()}
     unused = [f"blocks.blocks.{index}.{old}" for index in range(depth, _BLOCKS) for old in _BLOCK_NAMES]
     return rename(state, network, names, [*_COUNTERS, *unused], origin)
+
+
+def point_mae_tensors(names: Iterable[str]) -> Tensors:
+    """Published name -> ours of every tensor of the encoder, as the names show it: in the whole file or alone."""
+    start = ENCODER if any(name.startswith(ENCODER) for name in names) else ""
+    found: Tensors = {}
+    for old, new in _NAMES.items():
+        if not old.endswith("."):
+            found[old] = new
+        elif old == "pos_embed.":
+            found |= {f"{old}{index}.{leaf}": f"{new}{index}.{leaf}" for index in (0, 2) for leaf in LAYER}
+        else:
+            found |= {old + leaf: new + leaf for leaf in LAYER}
+    for index in range(_BLOCKS):
+        for old, new in _BLOCK_NAMES.items():
+            leaves = ("weight",) if old == "attn.qkv." else LAYER
+            found |= {f"blocks.blocks.{index}.{old}{leaf}": f"blocks.{index}.{new}{leaf}" for leaf in leaves}
+    return {start + old: new for old, new in found.items()}
