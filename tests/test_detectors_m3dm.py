@@ -435,10 +435,10 @@ def test_released_classes_against_their_stored_outputs(prefix: str):
     detector.add_patches({b: counted(golden.tensor(f"bank_{stored[b]}")[None, None]) for b in banks})
     detector.build_banks()
     if detector.config.decides:
-        factors = detector._factors(torch.ones(1))
+        factors = detector.decisions.weighted(torch.ones(len(banks)))
         rows = (golden.tensor(name)[:, : len(banks)] / factors for name in ("dlf_scores", "dlf_mapscores"))
-        detector.observe_values(*rows)  # the stored ones hold their factors already
-        detector._decide()
+        detector.decisions.observe(*rows)  # the stored ones hold their factors already
+        detector.decisions.fit()
     patches = {}
     for name in banks:
         values = golden.tensor(f"patches_{stored[name]}")

@@ -33,7 +33,7 @@ from ..errors import WeightsError
 from ..geometry.interpolation import LinearMap
 from ..layers.feature_mapping import FeatureMapping, mapping_loss
 from ..layers.maps import gaussian_smooth
-from ..layers.rgb_points import build_extractor, measured_patches, point_pixels, rgb_pixels
+from ..layers.rgb_points import PAPER_EXTRACTOR, build_extractor, measured_patches, point_pixels, rgb_pixels
 from ..samples import Batch, Features, Prediction
 from ..weights.cross_modal import feature_mapping_state, feature_mapping_widths
 from ..weights.official import checkpoint_source, read_network
@@ -115,9 +115,7 @@ class CFM(Detector):
     Config = CFMConfig
     PRESETS = {
         "paper": {
-            "backbone": "vit_base_patch8_224.dino",
-            "reductions": (8,),
-            "point_backbone": "point_mae",
+            **PAPER_EXTRACTOR,
             "blocks_kept": 12,
             "pixels_per_part": None,
         },

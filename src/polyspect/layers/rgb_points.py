@@ -24,6 +24,13 @@ from .patches import join_stages
 Grid = tuple[int, int]
 Resize = Literal["pool", "bilinear"]
 
+PAPER_EXTRACTOR: dict[str, Any] = {
+    "backbone": "vit_base_patch8_224.dino",
+    "reductions": (8,),
+    "point_backbone": "point_mae",
+}
+"""The extractors of the papers of M3DM, CMDIAD and CFM, as their settings name them."""
+
 
 class RGBPoints(nn.Module):
     """The frozen extractors of RGB (``rgb``) and points (``xyz``), or one of them.
