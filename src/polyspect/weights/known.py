@@ -126,6 +126,12 @@ KNOWN: dict[str, KnownWeights] = {
         licence="see github.com/Pang-Yatian/Point-MAE; trained on ShapeNet-55, which has terms of its own",
         note="Point-MAE as released, the point extractor of M3DM, CMDIAD and CFM",
     ),
+    "point_bert": KnownWeights(
+        kind="points",
+        files={"point_bert.pth": ""},
+        licence="as its publishers state it",
+        note="Point-BERT as released, the other point extractor of CMDIAD's Table 4",
+    ),
 }
 """Backbone name (timm's spelling, where timm has it) -> what is known. A ``*`` in a file name stands for the hash
 digits."""

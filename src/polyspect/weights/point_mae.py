@@ -1,7 +1,8 @@
-"""The official Point-MAE checkpoint for `polyspect.backbones.point_transformer.PointTransformer`.
+"""The official Point-MAE and Point-BERT checkpoints for `polyspect.backbones.point_transformer.PointTransformer`.
 
 The file (``pretrain.pth``, also called ``pointmae_pretrain.pth``) holds ``base_model``, the whole pretraining network,
 beside records of the training. Only its encoder, ``MAE_encoder.``, is of use; its 1x1 convolutions are matrices here.
+Of Point-BERT's file ``transformer_q.`` is of use, without its ``cls_head``: the same names, and the class token's.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ SHA256 = "27ded932bb0a2625d5a8eb006df199b2578598c774aee6d86b985300b6a5fd20"
 """Of the released file, as anomalib's port of CFM pins it."""
 
 ENCODER = "MAE_encoder."
+_QUERY = "transformer_q."
 _BLOCKS = 12  # in the published encoder
 PRETRAINING = ("mask_token", "decoder_pos_embed.", "MAE_decoder.", "increase_dim.")  # reconstruct masked groups
 _COUNTERS = tuple(f"encoder.{part}_conv.1.num_batches_tracked" for part in ("first", "second"))
@@ -69,12 +71,38 @@ def point_mae_state(content: Any, network: nn.Module, origin: str = "the Point-M
         if rest:
             raise WeightsError(f"{origin} has '{rest[0]}', which is no part of Point-MAE: it is of another network")
         state = {name.removeprefix(ENCODER): x for name, x in state.items() if name.startswith(ENCODER)}
+    return _encoder(state, network, _NAMES, _COUNTERS, origin)
+
+
+def point_bert_state(content: Any, network: nn.Module, origin: str = "the Point-BERT checkpoint") -> State:
+    """The state dict of a `PointTransformer` of size ``bert`` from Point-BERT's file.
+
+    Dropped: all that is not under ``transformer_q.``, its ``cls_head``, and what `point_mae_state` drops.
+
+    Args:
+        content: The file's content, or its ``base_model``; a leading ``module.`` is dropped.
+        network: As in `point_mae_state`.
+        origin: Names the file in errors.
+
+    Raises:
+        WeightsError: nothing is under ``transformer_q.``, or a tensor there is unknown, missing, of another shape or
+            kind, or not finite (names it).
+    """
+    state = unwrap(content, "base_model", origin)
+    own = {name.removeprefix(_QUERY): x for name, x in state.items() if name.startswith(_QUERY)}
+    if not own:
+        raise WeightsError(f"{origin} has no tensor under '{_QUERY}', where Point-BERT's encoder lies")
+    names = _NAMES | {"cls_token": "class_token", "cls_pos": "class_position", "reduce_dim.": "reduce."}
+    return _encoder(own, network, names, (*_COUNTERS, "cls_head."), origin)
+
+
+def _encoder(state: State, network: nn.Module, names: Tensors, drop: Iterable[str], origin: str) -> State:
     depth = len({name.split(".")[1] for name in network.state_dict() if name.startswith("blocks.")})
-    names = dict(_NAMES)
+    names = dict(names)
     for index in range(depth):
         names |= {f"blocks.blocks.{index}.{old}": f"blocks.{index}.{new}" for old, new in _BLOCK_NAMES.items()}
     unused = [f"blocks.blocks.{index}.{old}" for index in range(depth, _BLOCKS) for old in _BLOCK_NAMES]
-    return rename(state, network, names, [*_COUNTERS, *unused], origin)
+    return rename(state, network, names, [*drop, *unused], origin)
 
 
 def point_mae_tensors(names: Iterable[str]) -> Tensors:
