@@ -1,17 +1,19 @@
-"""Published checkpoints of the distillation methods, brought to the tensor names of our detectors.
+"""Published checkpoints of the student-teacher methods, brought to the tensor names of our detectors.
 
     format        what the file holds                                          for detector
     crd           {"student_rgb": ..., "student_depth" or "student_normals"}   crd
     rd4ad         {"bn": ..., "decoder": ...}                                  reverse_distillation
     anomalib-rd   a Lightning checkpoint: model.bottleneck.*, model.decoder.*  reverse_distillation
     stfpm         {"category": ..., "state_dict": model.0.* to model.7.*}      forward_distillation
+    ast-teacher   module_list.{3,5,7,9}.{s1,s2}.*, from 2 without encoding     ast
+    ast-student   conv1.*, res.*, conv2.*, gamma                               ast
 
 Nested dicts, or the same names joined by dots in one flat dict (as safetensors holds them). Nothing is computed:
 tensors are renamed, and counters of batch norm that a file lacks are set to 0. Every tensor of a file is either renamed
 or dropped by a rule that is written here and reported; any other one is an error, and so is one that is missing.
 
-No published file holds its teacher (Lightning's does, and it is dropped): students are of use only behind the very
-teacher, and the input preparation, that they were trained with.
+No published file holds its frozen network (Lightning's does, and it is dropped): students are of use only behind the
+very network, and the input preparation, that they were trained with.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import WeightsError, nearest_names
 from .convert import State, named_tensors, read_file
+from .patch_networks import UNUSED, conv_student_names, flow_names
 from .renaming import covers, listed
 from .resolve import verified
 
@@ -59,6 +62,7 @@ MEMORY = "left over from an early version of the published code, which drops it 
 TEACHER = "the teacher; detectors load theirs by name"
 THRESHOLDS = "thresholds and score ranges of the program that wrote the file; ours are measured anew"
 STAGE_4 = "the published method compares stages 1 to 3 only"
+NEVER_USED = "the published network never uses it"
 BESIDE = "beside the state dict: a record of the training, no weights"
 
 _NORM = ("weight", "bias", "running_mean", "running_var")
@@ -190,6 +194,33 @@ def stfpm(content: Any, origin: str = "the checkpoint") -> Imported:
     return Imported("stfpm", renamed, (), dropped | left)
 
 
+def ast_teacher(content: Any, origin: str = "the checkpoint") -> Imported:
+    """Asymmetric Student-Teacher: the normalising flow, with or without positional encoding.
+
+    Raises:
+        WeightsError: an unknown or missing tensor (names it).
+    """
+    state, dropped = _flat(content, origin)
+    nodes = [int(match[1]) for name in state if (match := re.match(r"module_list\.(\d+)\.", name))]
+    last = max(nodes, default=9)
+    names = flow_names(max(last // 2, 1), position=last % 2 == 1)
+    return Imported("ast-teacher", _exactly(state, names, "teacher.", "ast-teacher", origin), (), dropped)
+
+
+def ast_student(content: Any, origin: str = "the checkpoint") -> Imported:
+    """Asymmetric Student-Teacher: the convolutional student.
+
+    Raises:
+        WeightsError: an unknown or missing tensor (names it).
+    """
+    state, dropped = _flat(content, origin)
+    dropped |= {name: NEVER_USED for name in UNUSED if name in state}
+    kept = {name: tensor for name, tensor in state.items() if name not in UNUSED}
+    blocks = [int(match[1]) + 1 for name in state if (match := re.match(r"res\.(\d+)\.", name))]
+    names = conv_student_names(max(blocks, default=4))
+    return Imported("ast-student", _exactly(kept, names, "student.", "ast-student", origin), (), dropped)
+
+
 FORMATS: dict[str, Format] = {
     "crd": Format("crd", "students", r"student_\w+\.", "student_rgb and student_depth or student_normals", crd),
     "rd4ad": Format("reverse_distillation", "student", r"(bn|decoder)\.", "bn and decoder", rd4ad),
@@ -201,6 +232,8 @@ FORMATS: dict[str, Format] = {
         anomalib_rd,
     ),
     "stfpm": Format("forward_distillation", "student", r"model\.\d\.", "state_dict with model.0 to model.7", stfpm),
+    "ast-teacher": Format("ast", "teacher", r"module_list\.\d+\.", "module_list.3, 5, 7, 9 with s1 and s2", ast_teacher),
+    "ast-student": Format("ast", "student", r"res\.\d+\.", "conv1, res.0 to res.3, conv2", ast_student),
 }
 """Name of a published format -> what it is."""
 
@@ -374,6 +407,17 @@ def _rename(
         raise WeightsError(f"{origin} lacks {listed(missing)}: it is not whole, or not of format '{published}'")
     renamed = {keep[rule] + name.removeprefix(rule): kept[name] for name, rule in rules.items()}
     return _with_counters(renamed), dropped
+
+
+def _exactly(state: State, names: Mapping[str, str], part: str, published: str, origin: str) -> State:
+    """All of `state` under the names in `names`, behind `part`; counters of batch norm may be absent."""
+    unknown = [name for name in state if name not in names]
+    if unknown:
+        raise WeightsError(_unknown(origin, published, unknown))
+    missing = [name for name in names if name not in state and not name.endswith("num_batches_tracked")]
+    if missing:
+        raise WeightsError(f"{origin} lacks {listed(missing)}: it is not whole, or not of format '{published}'")
+    return _with_counters({part + names[name]: tensor for name, tensor in state.items()})
 
 
 def _missing_halves(state: State) -> list[str]:

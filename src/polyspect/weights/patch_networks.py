@@ -25,6 +25,10 @@ if TYPE_CHECKING:
 
 _SEQUENCE = (0, 3, 6, 8, 10, 12)  # places of the convolutions among activations and means
 _ENCODER = ("conv1", "conv2", "conv3", "fc1", "fc2")
+_CONV = ("weight", "bias")
+_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+UNUSED = ("gamma",)
+"""Tensors in AST's student that its network never uses."""
 _NEW_WEIGHT_NORM = ("parametrizations.weight.original0", "parametrizations.weight.original1")
 
 
@@ -65,17 +69,10 @@ def signed_distance_state(content: Any, network: nn.Module, origin: str = "the S
 def flow_state(content: Any, network: Flow, origin: str = "the AST teacher's checkpoint") -> State:
     """The state dict of a `Flow` from AST's ``*_teacher.pth``; the permutations are no part of either.
 
-    The file numbers the nodes of a graph, with one more in front where there is a positional encoding.
-
     Raises:
         WeightsError: a tensor does not fit (names it): the file may be of another mode.
     """
-    names: dict[str, str] = {}
-    for index in range(len(network.blocks)):
-        node = f"module_list.{2 * index + (3 if network.position else 2)}"
-        for theirs, ours in (("s1", "of_first"), ("s2", "of_second")):
-            names[f"{node}.{theirs}.gamma"] = f"blocks.{index}.{ours}.gain"
-            names[f"{node}.{theirs}."] = f"blocks.{index}.{ours}."
+    names = flow_names(len(network.blocks), bool(network.position))
     return rename(unwrap(content, "state_dict", origin), network, names, (), origin)
 
 
@@ -85,8 +82,35 @@ def conv_student_state(content: Any, network: ConvStudent, origin: str = "the AS
     Raises:
         WeightsError: a tensor does not fit (names it): the file may be of another mode.
     """
-    names = {"conv1.": "input.", "conv2.": "output."}
-    for index in range(len(network.blocks)):
+    names = conv_student_names(len(network.blocks))
+    return rename(unwrap(content, "state_dict", origin), network, names, UNUSED, origin)
+
+
+def flow_names(blocks: int, position: bool) -> dict[str, str]:
+    """Name of every tensor in AST's ``*_teacher.pth`` -> name in a `Flow` of so many blocks.
+
+    The file numbers the nodes of a graph: couplings are every second one, from 3 with a positional encoding, from 2
+    without.
+    """
+    names: dict[str, str] = {}
+    for index in range(blocks):
+        node = f"module_list.{2 * index + (3 if position else 2)}"
+        for theirs, ours in (("s1", "of_first"), ("s2", "of_second")):
+            names[f"{node}.{theirs}.gamma"] = f"blocks.{index}.{ours}.gain"
+            names |= _leaves(f"{node}.{theirs}.conv1", f"blocks.{index}.{ours}.conv1", _CONV)
+            names |= _leaves(f"{node}.{theirs}.conv2", f"blocks.{index}.{ours}.conv2", _CONV)
+    return names
+
+
+def conv_student_names(blocks: int) -> dict[str, str]:
+    """Name of every tensor in AST's ``*_student.pth``, but for `UNUSED`, -> name in a `ConvStudent`."""
+    names = _leaves("conv1", "input", _CONV) | _leaves("conv2", "output", _CONV)
+    for index in range(blocks):
         for theirs, ours in (("l1", "conv1"), ("l2", "conv2"), ("bn1", "norm1"), ("bn2", "norm2")):
-            names[f"res.{index}.{theirs}."] = f"blocks.{index}.{ours}."
-    return rename(unwrap(content, "state_dict", origin), network, names, ("gamma",), origin)
+            leaves = _NORM if theirs.startswith("bn") else _CONV
+            names |= _leaves(f"res.{index}.{theirs}", f"blocks.{index}.{ours}", leaves)
+    return names
+
+
+def _leaves(theirs: str, ours: str, leaves: tuple[str, ...]) -> dict[str, str]:
+    return {f"{theirs}.{leaf}": f"{ours}.{leaf}" for leaf in leaves}
