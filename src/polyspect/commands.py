@@ -364,7 +364,7 @@ def run_weights_import(a: argparse.Namespace) -> int:
     """Bring a published checkpoint to our names and write it without pickle."""
     from .errors import WeightsError
     from .fitting.modelfile import FORMAT, write_tensors
-    from .weights.official import checkpoint_source, read_checkpoint
+    from .weights.official import FORMATS, checkpoint_source, read_checkpoint
 
     out = Path(a.out).expanduser()
     if out.suffix != ".safetensors":
@@ -381,6 +381,7 @@ def run_weights_import(a: argparse.Namespace) -> int:
     reasons: dict[str, list[str]] = {}
     for name, why in imported.dropped.items():
         reasons.setdefault(why, []).append(name)
+    setting = FORMATS[imported.format].setting.format(file=out)
     shown = {"out": str(out), **imported.about(digest), "dropped": reasons}
     shown |= {"tensors": len(imported.tensors), "parameters": imported.parameters}
     lines = [
@@ -389,7 +390,7 @@ def run_weights_import(a: argparse.Namespace) -> int:
         f"imported from {a.file} (format {imported.format}), sha256 {digest}",
         *(f"dropped {len(names)} ({_few(names)}): {why}" for why, names in reasons.items()),
         *([] if reasons else ["dropped nothing"]),
-        f"use it with --set checkpoint={out}, behind the teacher and the preparation that it was trained with",
+        f"use it with --set {setting}, behind the teacher and the preparation that it was trained with",
     ]
     _emit(a, shown, "\n".join(lines))
     return 0

@@ -43,7 +43,7 @@ def fix_same_padding(network: nn.Module, size: int) -> None:
     convs: dict[str, Any] = {name: m for name, m in network.named_modules() if type(m).__name__ == "Conv2dSame"}
     if not convs:
         raise ConfigError(
-            "this backbone has no convolution with TensorFlow's \"same\" padding that could be fixed: choose one of "
+            'this backbone has no convolution with TensorFlow\'s "same" padding that could be fixed: choose one of '
             "timm's networks that do (tf_efficientnet_...), or leave the padding as it is"
         )
     sides: dict[str, tuple[int, ...]] = {}

@@ -397,9 +397,7 @@ def _foreground(
     return foreground
 
 
-def _relative_depth(
-    sample: Sample, preparation: Preparation, allowed: Array, flags: list[str]
-) -> tuple[Array, Array]:
+def _relative_depth(sample: Sample, preparation: Preparation, allowed: Array, flags: list[str]) -> tuple[Array, Array]:
     """AST's depth, z minus its mean on the part in metres and 0 off it, and the part, both (H, W).
 
     Only z counts; what the early filling made up counts as measured.

@@ -115,6 +115,7 @@ class Format:
     mark: str  # regular expression: some name of such a file begins like this, and none of the others' does
     keys: str  # what such a file holds, for people
     convert: Callable[[Any, str], Imported]  # content of the file, how errors call the file
+    setting: str = "checkpoint={file}"  # of the detector, that names an imported file
 
 
 # -- the formats -------------------------------------------------------------------------------------------------------
@@ -232,8 +233,22 @@ FORMATS: dict[str, Format] = {
         anomalib_rd,
     ),
     "stfpm": Format("forward_distillation", "student", r"model\.\d\.", "state_dict with model.0 to model.7", stfpm),
-    "ast-teacher": Format("ast", "teacher", r"module_list\.\d+\.", "module_list.3, 5, 7, 9 with s1 and s2", ast_teacher),
-    "ast-student": Format("ast", "student", r"res\.\d+\.", "conv1, res.0 to res.3, conv2", ast_student),
+    "ast-teacher": Format(
+        "ast",
+        "teacher",
+        r"module_list\.\d+\.",
+        "module_list.3, 5, 7, 9 with s1 and s2",
+        ast_teacher,
+        "checkpoint=[{file},STUDENT]",
+    ),
+    "ast-student": Format(
+        "ast",
+        "student",
+        r"res\.\d+\.",
+        "conv1, res.0 to res.3, conv2",
+        ast_student,
+        "checkpoint=[TEACHER,{file}]",
+    ),
 }
 """Name of a published format -> what it is."""
 
