@@ -27,6 +27,8 @@ SHORT = {  # applied where a method has such a setting
     "group_size": 16,
     "uff_steps": 8,
     "uff_warmup": 2,
+    "student_width": 32,
+    "teacher_hidden": 16,
 }
 
 

@@ -25,6 +25,7 @@ from polyspect.fitting.engine import Engine, EngineConfig
 from polyspect.fitting.modelfile import FORMAT, write_tensors
 from polyspect.layers.blocks import ReverseDecoder
 from polyspect.layers.bottleneck import OneClassEmbedding
+from polyspect.layers.flow import ConvStudent, Flow
 from polyspect.model import Model
 from polyspect.weights import official
 from polyspect.weights.official import FORMATS, load_checkpoint, read_checkpoint
@@ -40,7 +41,18 @@ from published import (
     rd4ad_shapes,
     stfpm_shapes,
 )
-from published_networks import POINT_MAE, f2f_conv, f2f_mlp, f2i_conv, f2i_mlp, fusion, i2f, mapping
+from published_networks import (
+    POINT_MAE,
+    ast_student,
+    ast_teacher,
+    f2f_conv,
+    f2f_mlp,
+    f2i_conv,
+    f2i_mlp,
+    fusion,
+    i2f,
+    mapping,
+)
 from tiny import TinyParts, tiny_batch
 
 VARIANTS = [(True, True), (True, False), (False, True), (False, False)]  # filter, amplifier
@@ -113,6 +125,8 @@ FILES = {
     "cmdiad-i2f": network_file(i2f()),
     "cfm": network_file(mapping(6, 4, big=True)),
     "point-mae": network_file(POINT_MAE, "base_model"),
+    "ast-teacher": lambda: {"state_dict": filled_state(ast_teacher(6, 4)), "epoch": 64},
+    "ast-student": lambda: {"state_dict": filled_state(ast_student(6, 8)), "epoch": 64},
 }
 NETWORKS = {  # tensors that such a file must hold, counters of norms aside
     "m3dm-uff": 16,
@@ -123,11 +137,15 @@ NETWORKS = {  # tensors that such a file must hold, counters of norms aside
     "cmdiad-i2f": 2 * 5 + 12 * 15 + 5 + 2,
     "cfm": 14,
     "point-mae": 154,
+    "ast-teacher": 40,
+    "ast-student": 52,
 }
 EXPECTED = {  # the part of the detector that takes the file
     "crd": ("crd", students),
     "rd4ad": ("reverse_distillation", rd_student),
     "anomalib-rd": ("reverse_distillation", rd_student),
+    "ast-teacher": ("ast", lambda: Flow(6, hidden=4)),
+    "ast-student": ("ast", lambda: ConvStudent(6, hidden=8)),
 }
 
 
@@ -239,6 +257,19 @@ def test_named_tensors_land_where_they_belong(theirs, ours):
     assert official.crd(file).tensors[ours] is flat(file)[theirs]
 
 
+@pytest.mark.parametrize(("position", "first"), [(32, 3), (0, 2)])
+def test_asts_couplings_are_counted_with_and_without_positions(position, first):
+    file = filled_state(ast_teacher(6, 4, position, kernels=(3, 3, 5)))
+    imported = FORMATS["ast-teacher"].convert(file, "x.pth")
+    assert imported.dropped == {}
+    assert imported.tensors["teacher.blocks.2.of_second.gain"] is file[f"module_list.{first + 4}.s2.gamma"]
+    Flow(6, position, 4, (3, 3, 5)).load_state_dict(
+        {name.removeprefix("teacher."): tensor for name, tensor in imported.tensors.items()}
+    )
+    student = FORMATS["ast-student"].convert(filled_state(ast_student(6, 8)), "x.pth")
+    assert student.dropped == {"gamma": official.NO_USE}
+
+
 # -- what is not as it should be ---------------------------------------------------------------------------------------
 
 
@@ -287,6 +318,8 @@ def test_missing_counters_are_filled_with_zero(published):
         ("cfm", "model", "projection.weight"),
         ("point-mae", "base_model", "MAE_encoder.blocks.blocks.12.norm1.weight"),
         ("point-mae", "base_model", "cls_head.weight"),
+        ("ast-teacher", "state_dict", "module_list.4.perm"),
+        ("ast-student", "state_dict", "res.4.l3.weight"),
     ],
 )
 def test_a_tensor_of_no_rule_is_named(published, part, name):
@@ -337,7 +370,7 @@ def test_every_tensor_of_a_network_is_kept_or_dropped_with_a_reason_and_finite(p
     assert len(imported.tensors) == len(kept)
     assert {x.data_ptr() for x in imported.tensors.values()} == {x.data_ptr() for x in kept.values()}
     assert imported.dropped.pop("epoch") == official.BESIDE
-    reasons = {"cmdiad-f2i": {official.NO_USE}, "cmdiad-i2f": {official.NO_USE}}
+    reasons = {name: {official.NO_USE} for name in ("cmdiad-f2i", "cmdiad-i2f", "ast-student")}
     reasons["point-mae"] = {official.PRETRAINING, official.COUNTER}
     assert set(imported.dropped.values()) == reasons.get(published, set())
     for name in kept:

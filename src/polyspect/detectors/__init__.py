@@ -19,6 +19,7 @@ DETECTORS: dict[str, str] = {
     "btf": "polyspect.detectors.btf:BTF",
     "m3dm": "polyspect.detectors.m3dm:M3DM",
     "cfm": "polyspect.detectors.cfm:CFM",
+    "ast": "polyspect.detectors.ast:AST",
     "cmdiad": "polyspect.detectors.cmdiad:CMDIAD",
 }
 

@@ -13,13 +13,15 @@
     cmdiad-i2f       {"model": conv1.*, layer1.*, ..., final_layer.*}
     cfm              input.*, projection.* or projection_a.* to _e.*, output.*    cfm, two files
     point-mae        {"base_model": MAE_encoder.*, MAE_decoder.*, ...}            m3dm, cmdiad, cfm: point weights
+    ast-teacher      module_list.{3,5,7,9}.{s1,s2}.*, from 2 without encoding     ast, two files
+    ast-student      conv1.*, res.*, conv2.*, gamma                               ast
 
 Nested dicts, or the same names joined by dots in one flat dict (as safetensors holds them). Nothing is computed:
 tensors are renamed, and counters of batch norm that a file lacks are set to 0. Every tensor of a file is either renamed
 or dropped by a rule that is written here and reported; any other one is an error, and so is one that is missing.
 
-No published file holds its teacher (Lightning's does, and it is dropped): students are of use only behind the very
-teacher, and the input preparation, that they were trained with.
+No published file holds its frozen network (Lightning's does, and it is dropped): students are of use only behind the
+very network, and the input preparation, that they were trained with.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import WeightsError, nearest_names
-from . import cross_modal, point_mae
+from . import cross_modal, patch_networks, point_mae
 from .convert import State, named_tensors, read_file, read_metadata
 from .renaming import Tensors, covers, listed
 from .resolve import verified
@@ -314,6 +316,22 @@ FORMATS: dict[str, Format] = {
         _point_mae,
         "point_backbone=point_mae --set point_weights={}",
         {"point_transformer": {"size": "base", "frame": "camera", "statistics": "stored"}},
+    ),
+    "ast-teacher": Format(
+        "ast",
+        "teacher",
+        r"module_list\.\d+\.",
+        "module_list.3, 5, 7, 9 with s1 and s2",
+        partial(_network, "ast-teacher", patch_networks.flow_tensors, {}),
+        "checkpoint='[{}, FILE_OF_THE_STUDENT]'",
+    ),
+    "ast-student": Format(
+        "ast",
+        "student",
+        r"res\.\d+\.",
+        "conv1, res.0 to res.3, conv2",
+        partial(_network, "ast-student", patch_networks.conv_student_tensors, {r"gamma$": NO_USE}),
+        "checkpoint='[FILE_OF_THE_TEACHER, {}]'",
     ),
 }
 """Name of a published format -> what it is."""
