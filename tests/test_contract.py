@@ -27,6 +27,9 @@ SHORT = {  # applied where a method has such a setting
     "group_size": 16,
     "uff_steps": 8,
     "uff_warmup": 2,
+    "teacher_weights": "random",
+    "student_steps": 40,
+    "distance_steps": 40,
 }
 
 

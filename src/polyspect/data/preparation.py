@@ -164,9 +164,10 @@ PREPARATIONS: dict[str, Preparation] = {
     "cloud": Preparation(background="plane"),
     "btf": _BTF,
     "cfm": replace(_BTF, pad_rgb="edge", remove_from=("xyz", "depth", "normals")),
+    "mdss": replace(_BTF, size=256),
 }
 """Named preparations: ours, CRD's (also depth of RD, MMRD), ours with the background removed from the 3D views (for
-methods that see the cloud), BTF's (also M3DM's, CMDIAD's, Shape-Guided's), CFM's."""
+methods that see the cloud), BTF's (also M3DM's, CMDIAD's, Shape-Guided's), CFM's, MDSS's."""
 
 
 def prepare(sample: Sample, preparation: Preparation) -> Sample:

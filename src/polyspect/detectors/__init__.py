@@ -20,6 +20,7 @@ DETECTORS: dict[str, str] = {
     "m3dm": "polyspect.detectors.m3dm:M3DM",
     "cfm": "polyspect.detectors.cfm:CFM",
     "cmdiad": "polyspect.detectors.cmdiad:CMDIAD",
+    "mdss": "polyspect.detectors.mdss:MDSS",
 }
 
 
