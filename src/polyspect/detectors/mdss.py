@@ -37,7 +37,7 @@ from ..errors import CalibrationError, DataError
 from ..geometry.padding import pack_points
 from ..geometry.sampling import farthest_points
 from ..layers.alignment import align, matching_line
-from ..layers.cloud_patches import cut_patches
+from ..layers.cloud_patches import cut_patches, patch_count
 from ..layers.maps import MapMoments, gaussian_smooth
 from ..layers.signed_distance import SignedDistance, normalise_patches, sample_queries, to_pixels
 from ..samples import Batch, Features, Prediction
@@ -555,12 +555,13 @@ def patch_centres(xyz: Tensor, part: Tensor, size: int, density: float) -> Tenso
         part: (B, H, W) bool.
     """
     H, W = part.shape[-2:]
-    centres = torch.full((len(part), max(1, round(density * H * W / size))), -1, dtype=torch.int32, device=xyz.device)
+    most = patch_count(H * W, density, size)
+    centres = torch.full((len(part), most), -1, dtype=torch.int32, device=xyz.device)
     for index, own in enumerate(part):
         packed = pack_points(xyz[index : index + 1], own[None])
         N = packed.points.shape[1]
         if N:
-            count = min(N, max(1, round(density * N / size)))
+            count = patch_count(N, density, size)
             rows = farthest_points(packed.points, count)[0]
             centres[index, :count] = packed.pixels[0, rows].int()
     return centres
