@@ -28,7 +28,7 @@ SHORT = {  # applied where a method has such a setting
     "uff_steps": 8,
     "uff_warmup": 2,
     "teacher_weights": "random",
-    "student_steps": 40,
+    "student_steps": 16,
     "distance_steps": 40,
 }
 

@@ -125,6 +125,8 @@ class MDSSConfig:
         seen = self.crop is None or self.crop >= RECEPTIVE_FIELD
         _require(seen, "crop", f"at least {RECEPTIVE_FIELD} pixels, or null", self.crop)
         _require(self.patch > self.neighbour, "patch", f"above `neighbour`, {self.neighbour}", self.patch)
+        few = self.queries is None or self.queries <= self.patch
+        _require(few, "queries", f"at most `patch`, {self.patch}, or null", self.queries)
         _require(self.distance_batch >= 2, "distance_batch", "at least 2", self.distance_batch)
         _require(self.pooled >= 2, "pooled", "at least 2", self.pooled)
 
