@@ -29,7 +29,8 @@ SHORT = {  # applied where a method has such a setting
     "uff_warmup": 2,
     "teacher_weights": "random",
     "student_steps": 16,
-    "distance_steps": 40,
+    "student_batch": 2,
+    "distance_steps": 20,
 }
 
 

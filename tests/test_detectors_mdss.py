@@ -472,7 +472,7 @@ def trained() -> MDSS:
     settings = {
         "student_steps": 12,
         "student_batch": 2,
-        "distance_steps": 80,
+        "distance_steps": 160,
         "distance_batch": 8,
         "patch": 150,
         "queries": 40,
