@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -210,7 +211,7 @@ class MDSS(Detector):
         self.register_buffer("teacher_mean", torch.zeros(channels))
         self.register_buffer("teacher_std", torch.ones(channels))
         self.register_buffer("line", torch.tensor([1.0, 0.0]))
-        self._schedule: torch.optim.lr_scheduler.LRScheduler | None = None  # of the stage that runs
+        self._schedule: weakref.ref[torch.optim.lr_scheduler.LRScheduler] | None = None  # of the stage that runs
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -344,8 +345,9 @@ class MDSS(Detector):
 
     @property
     def step(self) -> int:
-        """Updates made so far in the stage that runs; the engine restores it when a fit goes on."""
-        return 0 if self._schedule is None else self._schedule.last_epoch
+        """Updates made so far in the stage that runs, by its schedule, which the engine restores when a fit goes on."""
+        schedule = None if self._schedule is None else self._schedule()
+        return 0 if schedule is None else schedule.last_epoch
 
     def _generator(self) -> torch.Generator:
         """The draws of one step, seeded by the detector, the epoch (the engine's seed of it) and the step."""
@@ -357,8 +359,9 @@ class MDSS(Detector):
         make: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler],
         optimizer: torch.optim.Optimizer,
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        self._schedule = make(optimizer)
-        return self._schedule
+        schedule = make(optimizer)
+        self._schedule = weakref.ref(schedule)
+        return schedule
 
     def _student_schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         drop = int(self.config.student_rate_drop * self.config.student_steps)
