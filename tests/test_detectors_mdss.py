@@ -15,6 +15,7 @@ from torch.testing import assert_close
 
 from golden import noise
 from polyspect.data.preparation import PREPARATIONS
+from polyspect.detectors.completion import Completion
 from polyspect.detectors.contract import Observe, Optimise, configure
 from polyspect.detectors.mdss import (
     MDSS,
@@ -601,6 +602,11 @@ def test_rgb_alone_looks_at_no_cloud():
     image = dataclasses.replace(batch, images={"rgb": batch.images["rgb"]})
     assert torch.equal(detector(image).map, detector(blinded(image)).map)
     assert (detector(image).map[:, 20:44, 20:44] > 0).all()
+
+
+def test_a_model_of_both_cannot_be_completed_for_one(fitted):
+    with pytest.raises(ConfigError, match="part"):
+        Completion(fitted)
 
 
 def test_parts_with_few_points_or_none_are_scored(fitted):

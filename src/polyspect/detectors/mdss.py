@@ -181,7 +181,7 @@ class MDSS(Detector):
             "pooled": 256,
             "width": 128,
             "depth": 4,
-            "distance_steps": 1500,
+            "distance_steps": 3000,
             "distance_batch": 16,
             "distance_rate": 2e-3,
         },
@@ -312,10 +312,11 @@ class MDSS(Detector):
             DataError: no part of the batch has points for a patch.
         """
         c, generator = self.config, self._generator()
-        patches = normalise_patches(self.drawn_patches(features, generator)).points
-        queries = sample_queries(patches, generator, neighbour=c.neighbour, count=c.queries)
-        encoded = patches if c.encoder_input == "patch" else None
-        return {"distance": cast(SignedDistance, self.distance).loss(queries, encoded)}
+        with torch.autocast(features["part"].device.type, enabled=False):  # halves would blur a hundredth of a patch
+            patches = normalise_patches(self.drawn_patches(features, generator)).points
+            queries = sample_queries(patches, generator, neighbour=c.neighbour, count=c.queries)
+            encoded = patches if c.encoder_input == "patch" else None
+            return {"distance": cast(SignedDistance, self.distance).loss(queries, encoded)}
 
     def drawn_patches(self, features: Features, generator: torch.Generator) -> Tensor:
         """The patches of one step, (`distance_batch`, `patch`, 3) m, from the parts of a batch in turn.
