@@ -39,7 +39,7 @@ from ..geometry.padding import pack_points
 from ..geometry.sampling import farthest_points
 from ..layers.alignment import align, matching_line
 from ..layers.cloud_patches import cut_patches, patch_count
-from ..layers.maps import MapMoments, gaussian_smooth
+from ..layers.maps import MapMoments, gaussian_smooth, widest
 from ..layers.signed_distance import SignedDistance, normalise_patches, sample_queries, to_pixels
 from ..samples import Batch, Features, Prediction
 from .contract import Detector, Observe, Optimise, Stage, evaluating, require, require_grid, seeded
@@ -591,13 +591,13 @@ def ends(rgb: Tensor, cloud: Tensor, zeros: bool) -> Tensor:
     Raises:
         CalibrationError: no value counts, or all of `rgb` are equal.
     """
-    sides = [x.flatten() if zeros else x[x > 0] for x in (rgb, cloud)]
+    sides = [(x.flatten() if zeros else x[x > 0]).to(widest(x.device)) for x in (rgb, cloud)]
     if not all(len(x) for x in sides) or not bool(sides[0].amax() > sides[0].amin()):
         raise CalibrationError(
             "alignment of maps: the RGB or the 3D map of the validation parts has no two different values above 0; "
             "give good parts on which something was measured"
         )
-    (low, high), (least, most) = ((x.amin().double(), x.amax().double()) for x in sides)
+    (low, high), (least, most) = ((x.amin(), x.amax()) for x in sides)
     weight = (most - least) / (high - low)
     return torch.stack([weight, least - weight * low])
 
