@@ -29,6 +29,10 @@ SHORT = {  # applied where a method has such a setting
     "uff_warmup": 2,
     "student_width": 32,
     "teacher_hidden": 16,
+    "teacher_weights": "random",
+    "student_steps": 16,
+    "student_batch": 2,
+    "distance_steps": 20,
 }
 
 

@@ -213,10 +213,11 @@ PREPARATIONS: dict[str, Preparation] = {
         depth_step=4,
         normals="none",
     ),
+    "mdss": replace(_BTF, size=256),
 }
 """Named preparations: ours, CRD's (also depth of RD, MMRD), ours with the background removed from the 3D views (for
 methods that see the cloud), BTF's (also M3DM's, CMDIAD's, Shape-Guided's), CFM's, `cloud` with heights in metres for
-AST, and AST's own."""
+AST, AST's own, and MDSS's."""
 
 
 def prepare(sample: Sample, preparation: Preparation) -> Sample:
