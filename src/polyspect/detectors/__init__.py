@@ -21,6 +21,7 @@ DETECTORS: dict[str, str] = {
     "cfm": "polyspect.detectors.cfm:CFM",
     "ast": "polyspect.detectors.ast:AST",
     "cmdiad": "polyspect.detectors.cmdiad:CMDIAD",
+    "shape_guided": "polyspect.detectors.shape_guided:ShapeGuided",
     "mdss": "polyspect.detectors.mdss:MDSS",
 }
 

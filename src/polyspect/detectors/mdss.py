@@ -20,10 +20,8 @@ cloud (then nothing is masked), or the cloud without RGB.
 
 from __future__ import annotations
 
-import hashlib
 import math
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, cast, get_args
@@ -35,14 +33,13 @@ from torch.nn import functional as F
 from ..backbones.patch_description import MARGIN, RECEPTIVE_FIELD, STRIDE, PatchDescription
 from ..backbones.pdn_weights import load_patch_description
 from ..errors import CalibrationError, DataError
-from ..geometry.padding import pack_points
-from ..geometry.sampling import farthest_points
 from ..layers.alignment import align, matching_line
-from ..layers.cloud_patches import cut_patches, patch_count
+from ..layers.cloud_patches import cut_patches, draw_patches, patch_centres
 from ..layers.maps import MapMoments, gaussian_smooth, widest
 from ..layers.signed_distance import SignedDistance, normalise_patches, sample_queries, to_pixels
 from ..samples import Batch, Features, Prediction
 from .contract import Detector, Observe, Optimise, Stage, evaluating, require, require_grid, seeded
+from .recipe import StepClock
 
 _require = partial(require, "MDSS")
 Factor = Literal["up", "down", "cyclic", "fixed"]
@@ -211,7 +208,7 @@ class MDSS(Detector):
         self.register_buffer("teacher_mean", torch.zeros(channels))
         self.register_buffer("teacher_std", torch.ones(channels))
         self.register_buffer("line", torch.tensor([1.0, 0.0]))
-        self._schedule: weakref.ref[torch.optim.lr_scheduler.LRScheduler] | None = None  # of the stage that runs
+        self._clock = StepClock()
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -264,7 +261,7 @@ class MDSS(Detector):
                     parameters=self.student.parameters,
                     loss=self.student_loss,
                     optimizer=partial(torch.optim.Adam, lr=c.student_rate, weight_decay=c.student_weight_decay),
-                    schedule=partial(self._keep_schedule, self._student_schedule),
+                    schedule=partial(self._clock.keep, self._student_schedule),
                     schedule_every="step",
                     steps=c.student_steps,
                     batch_size=c.student_batch,
@@ -277,7 +274,7 @@ class MDSS(Detector):
                     parameters=self.distance.parameters,
                     loss=self.distance_loss,
                     optimizer=partial(torch.optim.Adam, lr=c.distance_rate),
-                    schedule=partial(self._keep_schedule, self._distance_schedule),
+                    schedule=partial(self._clock.keep, self._distance_schedule),
                     schedule_every="step",
                     steps=c.distance_steps,
                     batch_size=c.distance_parts,
@@ -294,7 +291,7 @@ class MDSS(Detector):
         c = self.config
         image, target, cells = features["rgb.image"], self._target(features), self._cells(features)
         if c.crop is not None:
-            image, target, cells = crop_around(image, target, cells, c.crop, self._generator())
+            image, target, cells = crop_around(image, target, cells, c.crop, self._clock.generator(self.config.seed))
         error = (target - cast(PatchDescription, self.student)(image)).square()  # B C h w
         if c.mask_train:
             error = error * cells[:, None]  # E
@@ -311,7 +308,7 @@ class MDSS(Detector):
         Raises:
             DataError: no part of the batch has points for a patch.
         """
-        c, generator = self.config, self._generator()
+        c, generator = self.config, self._clock.generator(self.config.seed)
         with torch.autocast(features["part"].device.type, enabled=False):  # halves would blur a hundredth of a patch
             patches = normalise_patches(self.drawn_patches(features, generator)).points
             queries = sample_queries(patches, generator, neighbour=c.neighbour, count=c.queries)
@@ -325,44 +322,12 @@ class MDSS(Detector):
             DataError: no part has enough points.
         """
         c = self.config
-        clouds = [(points, points[part], centres) for points, part, centres in _clouds(features)]
-        able = [cloud for cloud in clouds if len(cloud[1]) >= c.patch]
-        if not able:
-            most = max(len(points) for _, points, _ in clouds)
-            raise DataError(
-                f"no part of {len(clouds)} has the {c.patch} points of a patch, the largest has {most}: check the "
-                f"clouds and the removal of their background, or lower `patch`"
-            )
-        patches = []
-        for index, (everywhere, points, centres) in enumerate(able):
-            wanted = len(range(index, c.distance_batch, len(able)))
-            if not wanted:
-                continue
-            chosen = torch.randint(len(centres), (wanted,), generator=generator)
-            queries = everywhere[centres[chosen.to(centres.device)]]  # n 3
-            apart = torch.cdist(queries, points, compute_mode="donot_use_mm_for_euclid_dist")  # n N
-            patches.append(points[apart.topk(c.patch, largest=False, sorted=False).indices])
-        return torch.cat(patches)
+        return draw_patches(*_clouds(features), c.distance_batch, c.patch, generator)
 
     @property
     def step(self) -> int:
-        """Updates made so far in the stage that runs, by its schedule, which the engine restores when a fit goes on."""
-        schedule = None if self._schedule is None else self._schedule()
-        return 0 if schedule is None else schedule.last_epoch
-
-    def _generator(self) -> torch.Generator:
-        """The draws of one step, seeded by the detector, the epoch (the engine's seed of it) and the step."""
-        digest = hashlib.sha256(f"{self.config.seed} {torch.initial_seed()} {self.step}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-
-    def _keep_schedule(
-        self,
-        make: Callable[[torch.optim.Optimizer], torch.optim.lr_scheduler.LRScheduler],
-        optimizer: torch.optim.Optimizer,
-    ) -> torch.optim.lr_scheduler.LRScheduler:
-        schedule = make(optimizer)
-        self._schedule = weakref.ref(schedule)
-        return schedule
+        """Updates made so far in the stage that runs; the engine restores it when a fit goes on."""
+        return self._clock.step
 
     def _student_schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         drop = int(self.config.student_rate_drop * self.config.student_steps)
@@ -551,28 +516,6 @@ def crop_around(
     return images, targets, masks
 
 
-def patch_centres(xyz: Tensor, part: Tensor, size: int, density: float) -> Tensor:
-    """Pixels (B, P) int32 of farthest points, `density` per `size` points of a part, at least 1; -1 where it has fewer.
-
-    P is the number for a part that fills the picture, so that it is the same for all.
-
-    Args:
-        xyz: (B, 3, H, W).
-        part: (B, H, W) bool.
-    """
-    H, W = part.shape[-2:]
-    most = patch_count(H * W, density, size)
-    centres = torch.full((len(part), most), -1, dtype=torch.int32, device=xyz.device)
-    for index, own in enumerate(part):
-        packed = pack_points(xyz[index : index + 1], own[None])
-        N = packed.points.shape[1]
-        if N:
-            count = patch_count(N, density, size)
-            rows = farthest_points(packed.points, count)[0]
-            centres[index, :count] = packed.pixels[0, rows].int()
-    return centres
-
-
 def of_nearest_centre(values: Tensor, apart: Tensor, pixels: Tensor, size: tuple[int, int]) -> Tensor:
     """Write values of points (P, N) to their pixels, each from the patch whose centre is nearest; a map (H, W).
 
@@ -602,12 +545,8 @@ def ends(rgb: Tensor, cloud: Tensor, zeros: bool) -> Tensor:
     return torch.stack([weight, least - weight * low])
 
 
-def _clouds(features: Features) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Of each part: points of all pixels (H*W, 3), those on it (H*W,) bool, pixels of its centres (n,) int64."""
-    found = []
-    for xyz, part, centres in zip(features["xyz.points"], features["part"], features["xyz.centres"]):
-        found.append((xyz.flatten(1).T, part.flatten(), centres[centres >= 0].long()))
-    return found
+def _clouds(features: Features) -> tuple[Tensor, Tensor, Tensor]:
+    return features["xyz.points"], features["part"], features["xyz.centres"]
 
 
 def _top(maps: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
-"""The training recipe that the distillation methods share: Adam with a rate that may fall after each epoch."""
+"""What training has in common: Adam with a rate that may fall after each epoch; and which step a stage is at."""
 
 from __future__ import annotations
 
+import hashlib
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Protocol
@@ -11,6 +13,8 @@ from torch import Tensor, nn
 
 from ..samples import Features
 from .contract import Optimise, require
+
+Schedule = torch.optim.lr_scheduler.LRScheduler
 
 
 class Recipe(Protocol):
@@ -71,6 +75,33 @@ def train(
         epochs=recipe.epochs,
         batch_size=recipe.batch_size,
     )
+
+
+class StepClock:
+    """Tells a loss at which step of its stage it is, so that what it draws is the same after a kill and a resume.
+
+    The engine steps a stage's schedule after every update and restores it; this looks at the schedule.
+    """
+
+    def __init__(self) -> None:
+        self._schedule: weakref.ref[Schedule] | None = None  # of the stage that runs
+
+    def keep(self, make: Callable[[torch.optim.Optimizer], Schedule], optimizer: torch.optim.Optimizer) -> Schedule:
+        """The schedule that `make` makes of `optimizer`, kept in view; for `Optimise.schedule`, stepped every step."""
+        schedule = make(optimizer)
+        self._schedule = weakref.ref(schedule)
+        return schedule
+
+    @property
+    def step(self) -> int:
+        """Updates made so far in the stage that runs; 0 outside of one."""
+        schedule = None if self._schedule is None else self._schedule()
+        return 0 if schedule is None else schedule.last_epoch
+
+    def generator(self, seed: int) -> torch.Generator:
+        """The draws of this step: seeded by `seed`, the epoch (the engine's seed of it) and the step."""
+        digest = hashlib.sha256(f"{seed} {torch.initial_seed()} {self.step}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def _adam(recipe: Recipe, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..errors import ConfigError, DataError
 from ..geometry.neighbours import search_cloud
+from ..geometry.padding import pack_points
 from ..geometry.sampling import farthest_points
 from ..samples import check_shapes
 
@@ -53,6 +54,64 @@ def cut_patches(points: Tensor, density: float, size: int = 500, *, cover: bool 
     centres = farthest_points(points[None], patch_count(N, density, size), start=start)[0]  # P, Eq. 1
     rows = search_cloud(points[centres], points, size)[0]  # P size, Eq. 2
     return torch.cat([rows, *_cover(points, centres, rows)]) if cover else rows
+
+
+def patch_centres(xyz: Tensor, part: Tensor, size: int, density: float) -> Tensor:
+    """Pixels (B, P) int32 of farthest points, `density` per `size` points of a part, at least 1; -1 where it has fewer.
+
+    P is the number for a part that fills the picture, so that it is the same for all.
+
+    Args:
+        xyz: (B, 3, H, W).
+        part: (B, H, W) bool.
+    """
+    H, W = part.shape[-2:]
+    most = patch_count(H * W, density, size)
+    centres = torch.full((len(part), most), -1, dtype=torch.int32, device=xyz.device)
+    for index, own in enumerate(part):
+        packed = pack_points(xyz[index : index + 1], own[None])
+        N = packed.points.shape[1]
+        if N:
+            count = patch_count(N, density, size)
+            rows = farthest_points(packed.points, count)[0]
+            centres[index, :count] = packed.pixels[0, rows].int()
+    return centres
+
+
+def draw_patches(
+    xyz: Tensor, part: Tensor, centres: Tensor, count: int, size: int, generator: torch.Generator
+) -> Tensor:
+    """Patches (`count`, `size`, 3) around centres drawn at random, from the parts of a batch in turn.
+
+    Args:
+        xyz: (B, 3, H, W).
+        part: (B, H, W) bool.
+        centres: (B, P), as `patch_centres` finds them.
+        count: Patches in all.
+        size: Points per patch; parts with fewer are left out.
+        generator: On the CPU.
+
+    Raises:
+        DataError: no part has enough points.
+    """
+    found = list(zip(xyz, part.flatten(1), centres))
+    able = [(points.flatten(1).T, own, rows[rows >= 0].long()) for points, own, rows in found if int(own.sum()) >= size]
+    if not able:
+        most = max(int(own.sum()) for _, own, _ in found)
+        raise DataError(
+            f"no part of {len(found)} has the {size} points of a patch, the largest has {most}: check the clouds and "
+            f"the removal of their background, or lower `patch`"
+        )
+    patches = []
+    for index, (everywhere, own, rows) in enumerate(able):
+        wanted = len(range(index, count, len(able)))
+        if not wanted:
+            continue
+        chosen = torch.randint(len(rows), (wanted,), generator=generator)
+        points, queries = everywhere[own], everywhere[rows[chosen.to(rows.device)]]  # N 3, n 3
+        apart = torch.cdist(queries, points, compute_mode="donot_use_mm_for_euclid_dist")  # n N
+        patches.append(points[apart.topk(size, largest=False, sorted=False).indices])
+    return torch.cat(patches)
 
 
 def _cover(points: Tensor, centres: Tensor, rows: Tensor) -> list[Tensor]:

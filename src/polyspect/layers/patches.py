@@ -41,8 +41,8 @@ def join_stages(maps: Sequence[Tensor], grid: int | None) -> Tensor:
     )
 
 
-def pool_to_grid(maps: Tensor, grid: int) -> Tensor:
-    """Means over 3 x 3 windows, borders dropped, pooled adaptively: (B, C, H, W) -> (B, C, grid, grid).
+def pool_to_grid(maps: Tensor, grid: int | tuple[int, int]) -> Tensor:
+    """Means over 3 x 3 windows, borders dropped, pooled adaptively: (B, C, H, W) -> (B, C, h, w) for a `grid` (h, w).
 
     Maps of fewer than 3 rows or columns are not averaged first.
     """

@@ -13,6 +13,7 @@
     cmdiad-i2f       {"model": conv1.*, layer1.*, ..., final_layer.*}
     cfm              input.*, projection.* or projection_a.* to _e.*, output.*    cfm, two files
     point-mae        {"base_model": MAE_encoder.*, MAE_decoder.*, ...}            m3dm, cmdiad, cfm: point weights
+    shape-guided     {"sdf_model": encoder.*, NIF.*}                              shape_guided
     ast-teacher      module_list.{3,5,7,9}.{s1,s2}.*, from 2 without encoding     ast, two files
     ast-student      conv1.*, res.*, conv2.*, gamma                               ast
 
@@ -78,7 +79,7 @@ BESIDE = "beside the state dict: a record of the training, no weights"
 
 _NORM = ("weight", "bias", "running_mean", "running_var")
 _COUNTER = "num_batches_tracked"
-_WRAPPERS = ("state_dict", "base_model", "model")  # entries that hold the tensors, others lie beside
+_WRAPPERS = ("state_dict", "base_model", "model", "sdf_model")  # entries that hold the tensors, others lie beside
 _HEADER = "polyspect"  # the metadata entry of our own files
 
 
@@ -316,6 +317,14 @@ FORMATS: dict[str, Format] = {
         _point_mae,
         "point_backbone=point_mae --set point_weights={}",
         {"point_transformer": {"size": "base", "frame": "camera", "statistics": "stored"}},
+    ),
+    "shape-guided": Format(
+        "shape_guided",
+        "distance",
+        r"NIF\.",
+        "sdf_model with encoder and NIF",
+        partial(_network, "shape-guided", patch_networks.signed_distance_tensors, {}),
+        "distance_checkpoint={}",
     ),
     "ast-teacher": Format(
         "ast",

@@ -53,16 +53,9 @@ def signed_distance_state(content: Any, network: nn.Module, origin: str = "the S
     Raises:
         WeightsError: a tensor does not fit (names it).
     """
-    names = {f"encoder.{layer}.": f"encoder.layers.{i}." for i, layer in enumerate(_ENCODER)}
-    names |= {f"encoder.bn{i + 1}.": f"encoder.norms.{i}." for i in range(len(_ENCODER))}
-    for i in range(7):
-        for gain, direction in (("weight_g", "weight_v"), _NEW_WEIGHT_NORM):
-            names |= {f"NIF.fc4{i}.{gain}": f"field.hidden.{i}.gain"}
-            names |= {f"NIF.fc4{i}.{direction}": f"field.hidden.{i}.direction"}
-        names[f"NIF.fc4{i}.bias"] = f"field.hidden.{i}.bias"
-    names |= {"NIF.fc1.": "field.of_code.", "NIF.fc2.": "field.of_point.", "NIF.fc3.": "field.join."}
-    names["NIF.fc5."] = "field.output."
-    return rename(unwrap(content, "sdf_model", origin), network, names, (), origin)
+    state = unwrap(content, "sdf_model", origin)
+    names = signed_distance_tensors(state)
+    return rename(state, network, names, (), origin)
 
 
 def flow_state(content: Any, network: Flow, origin: str = "the AST teacher's checkpoint") -> State:
@@ -83,6 +76,20 @@ def conv_student_state(content: Any, network: ConvStudent, origin: str = "the AS
     """
     names = conv_student_names(len(network.blocks))
     return rename(unwrap(content, "state_dict", origin), network, names, _UNUSED, origin)
+
+
+def signed_distance_tensors(names: Iterable[str]) -> Tensors:
+    """Name of every tensor in Shape-Guided's ``ckpt_*.pth`` -> name in a `SignedDistance`, either weight norm."""
+    new = any(name.endswith(_NEW_WEIGHT_NORM) for name in names)
+    gain, direction = _NEW_WEIGHT_NORM if new else ("weight_g", "weight_v")
+    found = whole({f"encoder.{layer}.": f"encoder.layers.{i}." for i, layer in enumerate(_ENCODER)}, LAYER)
+    found |= whole({f"encoder.bn{i + 1}.": f"encoder.norms.{i}." for i in range(len(_ENCODER))}, NORM)
+    joined = {"NIF.fc1.": "field.of_code.", "NIF.fc2.": "field.of_point.", "NIF.fc3.": "field.join."}
+    found |= whole(joined | {"NIF.fc5.": "field.output."}, LAYER)
+    for i in range(7):
+        theirs, ours = f"NIF.fc4{i}.", f"field.hidden.{i}."
+        found |= {theirs + gain: ours + "gain", theirs + direction: ours + "direction", theirs + "bias": ours + "bias"}
+    return found
 
 
 def flow_names(blocks: int, position: bool) -> Tensors:
