@@ -194,8 +194,11 @@ def last_stages(name: str, reductions: Sequence[int]) -> list[Stage]:
         ConfigError: unknown backbone; no reduction wanted, one wanted twice, or one that the network does not have.
     """
     architecture = KNOWN[name].network or name if name in KNOWN else name
-    if describe(name).kind != "image":  # raises for what timm does not know, naming the nearest
+    kind = describe(name).kind  # raises for what timm does not know, naming the nearest
+    if kind == "points":
         raise ConfigError(f"backbone '{name}' is a network of points and takes no images: see `load_point_transformer`")
+    if kind == "patches":
+        raise ConfigError(f"backbone '{name}' is a network of patches with one output: see `load_patch_description`")
     stages = {stage.reduction: stage for stage in _stages(architecture)}  # later ones replace earlier ones
     if not reductions or len(set(reductions)) != len(reductions) or not set(reductions) <= set(stages):
         raise ConfigError(

@@ -31,7 +31,8 @@ class KnownWeights:
     Attributes:
         files: File name accepted in a weight folder -> sha256 in hex, or its first digits, ``""`` when not known.
         network: timm architecture that the tensors belong in; ``""`` when it is the backbone's own name.
-        kind: ``"image"``, or ``"points"`` for a point transformer (`backbones.point_weights`), which is not timm's.
+        kind: ``"image"`` for a network of timm's, ``"points"`` for a point transformer (`backbones.point_weights`),
+            ``"patches"`` for a patch description network (`backbones.pdn_weights`).
         shipped: File among those that come with polyspect itself, in ``weights/data``; ``""`` none.
         package: Distribution that ships the file, as pip calls it; ``""`` none.
         package_file: The file inside the package: ``"module/path/in/module"``.
@@ -45,7 +46,7 @@ class KnownWeights:
 
     files: Mapping[str, str]
     network: str = ""
-    kind: Literal["image", "points"] = "image"
+    kind: Literal["image", "points", "patches"] = "image"
     shipped: str = ""
     package: str = ""
     package_file: str = ""
@@ -77,6 +78,15 @@ def _torchvision(file: str, hub: str, note: str) -> KnownWeights:
         hub=hub,
         licence="BSD-3-Clause (torchvision)",
         note=note,
+    )
+
+
+def _efficientad(size: str) -> KnownWeights:
+    return KnownWeights(
+        kind="patches",
+        files={f"pretrained_teacher_{size}.pth": "", f"teacher_{size}.pth": ""},
+        licence="Apache-2.0 (anomalib, nelson1425/EfficientAD)",
+        note=f"EfficientAD's {size} teacher as its public ports released it, distilled from WideResNet101 on ImageNet",
     )
 
 
@@ -126,6 +136,15 @@ KNOWN: dict[str, KnownWeights] = {
         licence="see github.com/Pang-Yatian/Point-MAE; trained on ShapeNet-55, which has terms of its own",
         note="Point-MAE as released, the point extractor of M3DM, CMDIAD and CFM",
     ),
+    "pdn_small": KnownWeights(
+        kind="patches",
+        files={"pdn_small.safetensors": ""},
+        shipped="pdn_small.safetensors",
+        licence="Apache-2.0 (polyspect)",
+        note="small patch description network distilled by us from efficientnet_lite0",
+    ),
+    "pdn_small_efficientad": _efficientad("small"),
+    "pdn_medium_efficientad": _efficientad("medium"),
 }
 """Backbone name (timm's spelling, where timm has it) -> what is known. A ``*`` in a file name stands for the hash
 digits."""
