@@ -52,6 +52,22 @@ class CloudSource(Protocol):
         ...
 
 
+class Schedule(Protocol):
+    """The part of a config that says how the learning rate runs."""
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def lr(self) -> float: ...
+
+    @property
+    def lowest_lr(self) -> float: ...
+
+    @property
+    def warmup(self) -> float: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class PretrainingConfig:
     """How to pre-train; the ranges are (least, most), drawn anew at every step."""
@@ -186,21 +202,12 @@ def pretrain(
     curve: list[tuple[int, float]] = []
     recent: list[float] = []
     if resume and checkpoint is not None and checkpoint.is_file():
-        start, curve, recent, before = _load(checkpoint, identity, network, optimizer)
+        start, curve, recent, before = load_run(checkpoint, identity, network, optimizer)
     elif resume:
         log.warning("nothing to resume: there is no checkpoint at '%s'; training from the start", checkpoint)
-    if cooldown is not None and not (start > 0 and 1 <= cooldown <= config.steps - start):
-        raise ConfigError(
-            f"a cooldown of {cooldown} updates needs a checkpoint to go on from, and as many updates that are left: "
-            f"{start} of {config.steps} are made"
-        )
+    rates, stop = plan_rates(config, start, stop_after, cooldown)
+    checkpoint = None if cooldown is not None else checkpoint
     began = saved = time.monotonic()
-    stop = config.steps if stop_after is None else min(config.steps, stop_after)
-    rates = [learning_rate(config, step) for step in range(config.steps)]
-    if cooldown is not None:
-        stop, checkpoint = start + cooldown, None
-        fall = rates[start] - config.lowest_lr
-        rates[start:stop] = [config.lowest_lr + fall * (1 - (n + 1) / cooldown) for n in range(cooldown)]
     progress = progress or Progress()
     with progress, progress.task(f"point-mae {config.size}", stop) as advance:
         advance(start)
@@ -213,7 +220,7 @@ def pretrain(
             advance(1, note=f"loss {sum(recent[-20:], loss) / (len(recent[-20:]) + 1):.3g}")
             if checkpoint is not None and (time.monotonic() - saved > save_every or step + 1 == stop):
                 spent = before + time.monotonic() - began
-                _save(checkpoint, identity, network, optimizer, step + 1, curve, recent, spent)
+                save_run(checkpoint, identity, network, optimizer, step + 1, curve, recent, spent)
                 saved = time.monotonic()
     network.eval()
     seconds = before + time.monotonic() - began
@@ -258,13 +265,33 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, 
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 
-def learning_rate(config: PretrainingConfig, step: int) -> float:
+def learning_rate(config: Schedule, step: int) -> float:
     """The rate of update `step`, from 0: linear from `lowest_lr` to `lr`, then half a cosine back."""
     warm = int(config.warmup * config.steps)
     if step < warm:
         return config.lowest_lr + (config.lr - config.lowest_lr) * step / warm
     share = (step - warm) / max(1, config.steps - 1 - warm)
     return config.lowest_lr + (config.lr - config.lowest_lr) * (1 + math.cos(math.pi * share)) / 2
+
+
+def plan_rates(config: Schedule, start: int, stop_after: int | None, cooldown: int | None) -> tuple[list[float], int]:
+    """The rate of every update, and the update before which to stop, for a run of which `start` updates are made.
+
+    Raises:
+        ConfigError: nothing to cool down from, or fewer updates left than asked for.
+    """
+    if cooldown is not None and not (start > 0 and 1 <= cooldown <= config.steps - start):
+        raise ConfigError(
+            f"a cooldown of {cooldown} updates needs a checkpoint to go on from, and as many updates that are left: "
+            f"{start} of {config.steps} are made"
+        )
+    stop = config.steps if stop_after is None else min(config.steps, stop_after)
+    rates = [learning_rate(config, step) for step in range(config.steps)]
+    if cooldown is not None:
+        stop = start + cooldown
+        fall = rates[start] - config.lowest_lr
+        rates[start:stop] = [config.lowest_lr + fall * (1 - (n + 1) / cooldown) for n in range(cooldown)]
+    return rates, stop
 
 
 def augment(points: Tensor, config: PretrainingConfig, generator: torch.Generator) -> Tensor:
@@ -349,30 +376,35 @@ def _identity(source: CloudSource, config: PretrainingConfig) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _save(
+def save_run(
     path: Path,
     identity: str,
-    network: PointMAE,
+    network: nn.Module,
     optimizer: torch.optim.Optimizer,
     step: int,
     curve: list[tuple[int, float]],
     recent: list[float],
     seconds: float,
 ) -> None:
+    """Write a checkpoint that `load_run` goes on from; `identity` tells one run from another."""
     tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
     moments, plain = flatten_state(optimizer.state_dict(), "optimizer")
     header = {"format": FORMAT, "checkpoint": identity, "step": step, "curve": curve, "recent": recent}
     write_tensors(path, tensors | moments, header | {"seconds": seconds, "optimizer": plain})
 
 
-def _load(
-    path: Path, identity: str, network: PointMAE, optimizer: torch.optim.Optimizer
+def load_run(
+    path: Path, identity: str, network: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[int, list[tuple[int, float]], list[float], float]:
-    """Bring network and optimizer to where `path` was written: updates made, curve, latest losses, seconds."""
+    """Bring network and optimizer to where `path` was written: updates made, curve, latest losses, seconds.
+
+    Raises:
+        ConfigError: the checkpoint is of another run.
+    """
     header, tensors = read_tensors(path)
     if header.get("checkpoint") != identity:
         raise ConfigError(
-            f"the checkpoint '{path}' is from another pre-training (other settings, seed or clouds): "
+            f"the checkpoint '{path}' is from another pre-training (other settings, seed or data): "
             "train with the same ones, or without --resume to start anew"
         )
     network.load_state_dict({n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")})
