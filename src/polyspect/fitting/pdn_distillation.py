@@ -231,7 +231,8 @@ def distil(
         raise DataError("there is no picture to distil with")
     accelerator = pick_accelerator(device)
     targets = PatchTargets(config).to(accelerator)
-    run = _Run(config, targets).to(accelerator).to(memory_format=torch.channels_last)
+    run = _Run(config, targets).to(accelerator)
+    run.student.to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(run.student.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     identity = _identity(sources, config, targets)
     start, before = 0, 0.0
@@ -405,12 +406,13 @@ class _Run(nn.Module):
         super().__init__()
         with seeded(derive_seed(config.seed, 0)):
             self.student = PatchDescription(config.size, config.outputs, padding=config.padding)
-            for layer in self.student.convolutions:  # He's initial values: torch's own let the signal die away
-                final = layer is self.student.convolutions[-1]
-                nn.init.kaiming_normal_(layer.weight, nonlinearity="linear" if final else "relu")
-                nn.init.zeros_(layer.bias)
-        self.targets = [targets]  # in a list: no part of the checkpoint but for its statistics
-        self.register_buffer("mean", targets.mean)
+            layers = [layer for layer in self.student.modules() if isinstance(layer, nn.Conv2d)]
+            for layer in layers:  # He's initial values: torch's own let the signal die away
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="linear" if layer is layers[-1] else "relu")
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+        self.targets = [targets]  # in a list: no part of the checkpoint but for its statistics,
+        self.register_buffer("mean", targets.mean)  # which are the very tensors that `targets` has
         self.register_buffer("std", targets.std)
 
 
