@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import cv2
 import numpy as np
@@ -317,6 +318,18 @@ def test_the_command_writes_a_file_that_can_be_used_and_resumes(tmp_path, capsys
     assert shown["bytes"] == out.stat().st_size < 8e6
     assert math.isfinite(shown["loss"])
     load_patch_description(weights=str(out))
+
+
+def test_the_help_has_examples_and_the_right_defaults(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["weights", "distil-pdn", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "examples: polyspect weights distil-pdn" in text
+    c = DistillationConfig()
+    assert re.findall(r"\(default: ([^)]*)\)", text) == [
+        c.backbone, c.weights, c.size, *(str(n) for n in (c.steps, c.batch_size, c.pixels)),
+        " ".join(f"{share:g}" for share in c.crop), f"{c.lr:g}", str(c.statistics), c.precision, "auto",
+    ]  # fmt: skip
 
 
 def test_the_command_says_what_is_wrong(tmp_path, capsys):

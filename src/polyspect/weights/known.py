@@ -138,7 +138,7 @@ KNOWN: dict[str, KnownWeights] = {
     ),
     "pdn_small": KnownWeights(
         kind="patches",
-        files={"pdn_small.safetensors": ""},
+        files={"pdn_small.safetensors": "53ecee9f28a37156c470e16816112a5b589b7bb193e5d24283e0eb55912de035"},
         shipped="pdn_small.safetensors",
         licence="Apache-2.0 (polyspect)",
         note="small patch description network distilled by us from efficientnet_lite0",
