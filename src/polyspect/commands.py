@@ -411,13 +411,14 @@ def run_weights_pretrain(a: argparse.Namespace) -> int:
     from .fitting.pretraining import PAPER, CloudSource, PretrainingConfig, pretrain, write_encoder
     from .fitting.progress import TerminalProgress
 
-    names = ("size", "steps", "batch_size", "points", "groups", "group_size", "mask_ratio", "masking", "loss", "lr")
+    names = ("size", "steps", "batch_size", "points", "groups", "group_size", "mask_ratio", "masking", "loss")
+    names += ("shape_weight", "lr")
     given = {name: getattr(a, name) for name in names if getattr(a, name) is not None}
     for name in ("groups", "group_size"):
         if len(given.get(name, ())) == 1:
             given[name] *= 2
     settings = {**(PAPER if a.paper else {}), **given, "seed": a.seed}
-    source: CloudSource = CloudFolder(a.clouds) if a.clouds else ShapeClouds(a.shapes, a.seed)
+    source: CloudSource = CloudFolder(a.clouds) if a.clouds else ShapeClouds(a.shapes, a.seed, a.pixels)
     if a.epochs is not None:
         batch = settings.get("batch_size", PretrainingConfig.batch_size)
         settings["steps"] = math.ceil(a.epochs * len(source) / batch)
