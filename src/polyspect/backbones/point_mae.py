@@ -91,10 +91,12 @@ class PointMAE(nn.Module):
         shape = SIZES[size]
         self.encoder = PointTransformer((shape.blocks - 1,), size=size, chunk=chunk)
         with torch.no_grad():
-            ends = [layer for block in self.encoder.blocks for layer in (block.projection, block.mlp[2])]
-            for layer in (*ends, self.encoder.position[2]):
-                layer.weight *= branch_scale
-                layer.bias *= branch_scale
+            ends = [self.encoder.position[2]]
+            for block in self.encoder.blocks:
+                assert isinstance(block, Block)
+                ends += [block.projection, block.mlp[2]]
+            for parameter in nn.ModuleList(ends).parameters():
+                parameter.mul_(branch_scale)
         self.points, self.drop_path, self.normalise = points, drop_path, normalise
         self.mask_token = nn.Parameter(torch.zeros(shape.width))
         self.decoder_position = position_layers(shape)
