@@ -411,8 +411,8 @@ def run_weights_pretrain(a: argparse.Namespace) -> int:
     from .fitting.pretraining import PAPER, CloudSource, PretrainingConfig, pretrain, write_encoder
     from .fitting.progress import TerminalProgress
 
-    names = ("size", "steps", "batch_size", "points", "groups", "group_size", "mask_ratio", "masking", "loss")
-    names += ("shape_weight", "lr")
+    names = ["size", "steps", "batch_size", "points", "groups", "group_size", "mask_ratio", "masking", "loss"]
+    names += ["shape_weight", "lr"]
     given = {name: getattr(a, name) for name in names if getattr(a, name) is not None}
     for name in ("groups", "group_size"):
         if len(given.get(name, ())) == 1:

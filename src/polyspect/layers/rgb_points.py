@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from ..backbones.image import ImageBackbone
 from ..backbones.point_transformer import Statistics
 from ..backbones.points import PointBackbone, patch_features
-from ..geometry.interpolation import LinearMap, enlarge_at, pool_pixels_at
 from ..errors import ConfigError
+from ..geometry.interpolation import LinearMap, enlarge_at, pool_pixels_at
 from ..samples import Batch, Features
 from .patches import join_stages
 
