@@ -39,6 +39,18 @@ POINT_MAE = (
 )
 """The whole pretraining network."""
 
+POINT_BERT = {
+    f"transformer_q.{name}": shape
+    for name, shape in (
+        POINT_MAE_ENCODER
+        | layer("encoder.second_conv.3", 256, 512, 1)
+        | layer("reduce_dim", 384, 256)
+        | {"cls_token": (1, 1, 384), "cls_pos": (1, 1, 384)}
+        | layer("cls_head.0", 5, 384)
+    ).items()
+} | {"transformer_k.norm.weight": (384,)}
+"""What is of use in Point-BERT's file, a head, and one tensor beside them."""
+
 
 def fusion() -> Shapes:
     """M3DM's UFF: 16 tensors."""

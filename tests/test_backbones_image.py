@@ -303,3 +303,50 @@ def test_folded_backbone_has_the_same_features_and_no_statistics(lite):
     empty = ImageBackbone(fold_bn=True, pretrained=False)
     empty.load_state_dict(folded.state_dict(), strict=True)
     assert torch.equal(empty(pictures(1))[2], folded(pictures(1))[2])
+
+
+# -- EfficientNets cut inside a reduction, and their padding -----------------------------------------------------------
+
+
+@torch.inference_mode()
+def test_an_efficientnet_ends_behind_any_of_its_blocks(lite):
+    whole = ImageBackbone("efficientnet_lite0", (8, 16))
+    cut = ImageBackbone("efficientnet_lite0", (8, 16), blocks=4)
+    x = pictures(1, 96)
+    shallow, deep = cut(x)
+    assert cut.channels == (40, 80)
+    assert torch.equal(shallow, whole(x)[0])
+    assert_close(whole.network.blocks[4](deep), whole(x)[1])
+    for count in (3, 6):
+        with pytest.raises(ConfigError, match=rf"must be in 4\.\.5 for this reduction .*got {count}"):
+            ImageBackbone("efficientnet_lite0", (8, 16), blocks=count, weights="random")
+    with pytest.raises(ConfigError, match="'resnet18' is neither"):
+        ImageBackbone("resnet18", (16,), blocks=2, weights="random")
+
+
+@torch.inference_mode()
+def test_a_fixed_padding_is_that_of_the_size_it_was_fixed_for():
+    free = ImageBackbone("efficientnet_lite0", (16,))
+    fixed = ImageBackbone("efficientnet_lite0", (16,), padded_for=72)
+    assert free.network.state_dict().keys() == fixed.network.state_dict().keys()
+    around = [m.around for m in fixed.network.modules() if hasattr(m, "around")]
+    assert around == [(0, 1, 0, 1), (0, 1, 0, 1), (1, 2, 1, 2), (1, 1, 1, 1)]  # sides 72, 36, 18, 9
+    at_72, at_96 = pictures(1, 72), pictures(1, 96)
+    assert_close(fixed(at_72)[0], free(at_72)[0])
+    assert fixed(at_96)[0].shape == free(at_96)[0].shape
+    assert (fixed(at_96)[0] - free(at_96)[0]).abs().max() > 0.01
+    with pytest.raises(ConfigError, match='no convolution with TensorFlow\'s "same" padding'):
+        ImageBackbone("resnet18", (16,), weights="random", padded_for=72)
+
+
+def test_asts_features_of_efficientnet_b5():
+    backbone = ImageBackbone("tf_efficientnet_b5.aa_in1k", (32,), weights="random", blocks=6, padded_for=456)
+    assert backbone.channels == (304,)
+    assert [len(stage) for stage in backbone.network.blocks] == [3, 5, 5, 7, 7, 9]
+    around = {name: m.around for name, m in backbone.network.named_modules() if hasattr(m, "around")}
+    odd, even, wide = (1, 1, 1, 1), (0, 1, 0, 1), (1, 2, 1, 2)  # as the released program pads 768 pixels
+    assert around == {
+        "conv_stem": even, "blocks.1.0.conv_dw": even, "blocks.2.0.conv_dw": wide,
+        "blocks.3.0.conv_dw": odd, "blocks.5.0.conv_dw": (2, 2, 2, 2),
+    }  # fmt: skip
+    assert backbone.to("meta")(torch.empty(1, 3, 768, 768, device="meta"))[0].shape == (1, 304, 24, 24)

@@ -48,7 +48,7 @@ def test_the_default_comes_with_polyspect_and_says_how_it_was_made():
 
 
 def test_its_answers_have_the_statistics_of_what_it_learned():
-    """Mean near 0 and deviation below 1, as a regression onto standardised targets gives; random answers have neither."""
+    """Mean near 0 and deviation below 1, as a regression onto standardised targets gives; random ones have neither."""
     source = MadeUpImages(20, seed=7, size=128)
     image = torch.stack([torch.tensor(source.picture(i)) for i in range(20)]).permute(0, 3, 1, 2).float() / 255
     with torch.no_grad():

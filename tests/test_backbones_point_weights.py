@@ -13,7 +13,7 @@ from polyspect.backbones.point_weights import DEFAULT_POINT_BACKBONE, POINT_BACK
 from polyspect.errors import ConfigError, WeightsError
 from polyspect.weights import KNOWN, check, list_weights
 from polyspect.weights.resolve import FOLDER_VARIABLE
-from published_networks import POINT_MAE_ENCODER
+from published_networks import POINT_BERT, POINT_MAE_ENCODER
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +73,13 @@ def test_an_encoder_with_the_published_names_is_taken_as_a_named_file(tmp_path):
     assert loaded.network.layers == (3, 7, 11)
     with pytest.raises(WeightsError, match="no header"):
         load_point_transformer("point_mae_small", weights=str(tmp_path / "my.pth"))
+
+
+def test_point_bert_is_taken_as_a_named_file(tmp_path):
+    torch.save({"base_model": filled_state(POINT_BERT)}, tmp_path / "my.pth")
+    loaded = load_point_transformer("point_bert", weights=str(tmp_path / "my.pth"))
+    assert (loaded.frame, loaded.network.size, loaded.network.layers) == ("camera", "bert", (3, 7, 11))
+    assert torch.equal(loaded.network.norm.weight, filled_state(POINT_BERT)["transformer_q.norm.weight"])
 
 
 def test_names_layers_and_files_that_do_not_fit_are_refused(tmp_path):

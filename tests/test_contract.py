@@ -27,6 +27,12 @@ SHORT = {  # applied where a method has such a setting
     "group_size": 16,
     "uff_steps": 8,
     "uff_warmup": 2,
+    "student_width": 32,
+    "teacher_hidden": 16,
+    "teacher_weights": "random",
+    "student_steps": 16,
+    "student_batch": 2,
+    "distance_steps": 20,
 }
 
 

@@ -328,6 +328,11 @@ def test_config_presets_and_registry():
         1,
     )
     assert configure(BTF, {"features": ["fpfh"]}, "fast").features == ("fpfh",)
+    assert {preset: BTF.PREPARATION[preset] for preset in ("", *BTF.PRESETS)} == {
+        "": "cloud",
+        "fast": "cloud",
+        "paper": "btf",
+    }
     for wrong in (
         {"features": ()},
         {"features": ("fpfh", "fpfh")},

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 from golden import Golden, filled_state, noise
 from polyspect.backbones.point_transformer import PointTransformer
+from polyspect.cli import main
 from polyspect.data.preparation import PREPARATIONS
 from polyspect.detectors import cfm, detector_class
 from polyspect.detectors.cfm import CFM, CFMConfig, blur_boxes, direction_distance, fuse, normalise_maps
@@ -475,6 +476,11 @@ def test_released_files_are_recognised_by_shape_and_train_nothing(released):
             assert torch.equal(net.output.bias, state["output.bias"])
             assert len(detector.sources[f"mapping.{name}"]["sha256"]) == 64
     before = nn.utils.parameters_to_vector(detector.mapping.parameters()).clone()
+    written = [f"{released[name]}.safetensors" for name in ("3Dto2D", "2Dto3D")]
+    for name, out in zip(("3Dto2D", "2Dto3D"), written):
+        assert main(["weights", "import", released[name], "--out", out]) == 0
+    imported = build(checkpoint=tuple(written)).mapping
+    assert torch.equal(before, nn.utils.parameters_to_vector(imported.parameters()))
     parts = TinyParts(range(2))
     fitted = Engine(EngineConfig(device="cpu")).fit(detector, {"train": parts, "validation": parts})
     assert torch.equal(before, nn.utils.parameters_to_vector(fitted.mapping.parameters()))

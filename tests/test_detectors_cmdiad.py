@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from polyspect.data.synthetic import write_dataset
 from polyspect.detectors.cmdiad import (
     CMDIAD,
     CMDIADConfig,
-    Patches,
     hallucination_network,
     outer_layers,
     published_state,
@@ -34,6 +33,7 @@ from polyspect.detectors.contract import Observe, configure
 from polyspect.errors import ConfigError, DataError, ShapeError, WeightsError
 from polyspect.fitting.engine import Engine, EngineConfig, updates_per_epoch
 from polyspect.layers.maps import gaussian_smooth
+from polyspect.layers.patches import worst_patch
 from polyspect.layers.rgb_points import measured_patches, point_patches, rgb_patches
 from polyspect.model import Model
 from polyspect.samples import Batch
@@ -538,10 +538,11 @@ def test_reweighting_and_image_scores():
         distances, matches = torch.zeros(1, 8, 8), torch.zeros(1, 8, 8, dtype=torch.int64)
         found = bank.distance(patches.values[patches.counts])
         distances[patches.counts], matches[patches.counts] = found
-        weighted = detector._worst(bank, patches, distances, matches)
-        plain = build(reweight="none")._worst(bank, patches, distances, matches)
-        nothing = Patches(patches.values, torch.zeros_like(patches.counts))
-        level = detector._worst(bank, nothing, torch.full_like(distances, 7), matches)
+        counts, score = patches.counts, partial(worst_patch, bank, patches.values, scaled=True, n=3)
+        weighted = score(distances, matches, counts, form=detector.config.reweight)
+        plain = score(distances, matches, counts, form="none")
+        nothing = torch.zeros_like(counts)
+        level = score(torch.full_like(distances, 7), matches, nothing, form=detector.config.reweight)
     assert float(plain) == float(distances.max())  # Eq. 10
     assert 0.5 <= float(weighted / plain) < 1
     assert float(level) == 7
@@ -589,6 +590,12 @@ def test_a_published_file_is_used_as_it_is(tmp_path):
     assert torch.equal(detector.network.norm.weight, published["xyz_norm.weight"])
     assert not any(stage.name.startswith("hallucination") for stage in detector.stages())
     assert len(detector.sources["network"]["sha256"]) == 64
+    written = str(tmp_path / "both.safetensors")
+    assert main(["weights", "import", str(tmp_path / "MTFI_FtoF_PCs.pth"), "--out", written]) == 0
+    again = build(checkpoint=written).network.state_dict()
+    assert all(torch.equal(again[name], x) for name, x in detector.network.state_dict().items())
+    with pytest.raises(WeightsError, match=r"has 'rgb\.layers\.0\.bias', .*for which ImageHall"):
+        build(checkpoint=written, route="f2i")
     with pytest.raises(ConfigError, match="`trained` of CMDIAD must be true with a `checkpoint`"):
         build(checkpoint="x.pth", trained=False)
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from golden import Golden, filled_state, layer
+from polyspect.cli import main
 from polyspect.detectors.contract import configure
 from polyspect.detectors.m3dm import (
     M3DM,
@@ -398,6 +399,11 @@ def test_a_trained_file_is_used_instead_of_training(tmp_path):
     assert torch.equal(loaded.uff.rgb.mlp[2].weight, state["rgb_mlp.fc2.weight"])
     assert [stage.name for stage in loaded.stages()] == ["banks", "levels", "decision"]
     assert loaded.sources["uff"]["source"] == "file"
+    written = tmp_path / "uff.safetensors"
+    assert main(["weights", "import", str(path), "--out", str(written)]) == 0
+    imported = M3DM(M3DMConfig(**SMALL, uff_checkpoint=str(written))).uff
+    assert imported is not None
+    assert all(torch.equal(a, b) for a, b in zip(imported.parameters(), loaded.uff.parameters(), strict=True))
     del state["xyz_head.bias"]
     torch.save({"model": state}, path)
     with pytest.raises(WeightsError, match=r"xyz\.head\.bias"):
@@ -429,10 +435,10 @@ def test_released_classes_against_their_stored_outputs(prefix: str):
     detector.add_patches({b: counted(golden.tensor(f"bank_{stored[b]}")[None, None]) for b in banks})
     detector.build_banks()
     if detector.config.decides:
-        factors = detector._factors(torch.ones(1))
+        factors = detector.decisions.weighted(torch.ones(len(banks)))
         rows = (golden.tensor(name)[:, : len(banks)] / factors for name in ("dlf_scores", "dlf_mapscores"))
-        detector.observe_values(*rows)  # the stored ones hold their factors already
-        detector._decide()
+        detector.decisions.observe(*rows)  # the stored ones hold their factors already
+        detector.decisions.fit()
     patches = {}
     for name in banks:
         values = golden.tensor(f"patches_{stored[name]}")

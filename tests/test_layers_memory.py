@@ -21,13 +21,13 @@ from polyspect.layers.coreset import jl_dimension
 from polyspect.layers.memory import (
     FaissIndex,
     MemoryBank,
-    bank_score,
     greedy_coreset,
     nearest,
     reweight,
     sparse_random_projection,
 )
 from polyspect.layers.smoothing import smooth
+from test_layers_memory_golden import bank_score
 
 GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "reference" / "golden"
 

@@ -10,7 +10,8 @@ from torch.testing import assert_close
 
 from golden import Golden
 from polyspect.layers.decision import DecisionLayer
-from polyspect.layers.memory import MemoryBank, bank_score, reweight
+from polyspect.layers.memory import MemoryBank, reweight
+from polyspect.layers.patches import match_patches, worst_patch
 from polyspect.layers.smoothing import pil_blur
 
 GUARD = 1e-5  # of the classes with one bank, points or RGB
@@ -29,6 +30,17 @@ SINGLE = [(prefix, name) for prefix, (names, _, _) in CLASSES.items() for name i
 @pytest.fixture(scope="module")
 def golden() -> Golden:
     return Golden("04_m3dm_uff_scores.npz")
+
+
+def bank_score(bank: MemoryBank, patches: Tensor, guard: float = 0.0, shrink: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Image scores (B,) and patch distances (B, P) of parts' patches (B, P, D), as M3DM scores them."""
+    grid = patches[:, None]  # B 1 P D
+    counts = torch.ones(grid.shape[:3], dtype=torch.bool)
+    distances, matches = match_patches(bank, grid, counts)
+    score = worst_patch(
+        bank, grid, distances, matches, counts, form="btf", scaled=True, n=3, guard=guard, divisor=shrink
+    )
+    return score, distances[:, 0]
 
 
 def bank_of(golden: Golden, prefix: str, name: str) -> MemoryBank:

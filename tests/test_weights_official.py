@@ -25,6 +25,7 @@ from polyspect.fitting.engine import Engine, EngineConfig
 from polyspect.fitting.modelfile import FORMAT, write_tensors
 from polyspect.layers.blocks import ReverseDecoder
 from polyspect.layers.bottleneck import OneClassEmbedding
+from polyspect.layers.flow import ConvStudent, Flow
 from polyspect.model import Model
 from polyspect.weights import official
 from polyspect.weights.official import FORMATS, load_checkpoint, read_checkpoint
@@ -39,6 +40,18 @@ from published import (
     meta_state,
     rd4ad_shapes,
     stfpm_shapes,
+)
+from published_networks import (
+    POINT_MAE,
+    ast_student,
+    ast_teacher,
+    f2f_conv,
+    f2f_mlp,
+    f2i_conv,
+    f2i_mlp,
+    fusion,
+    i2f,
+    mapping,
 )
 from tiny import TinyParts, tiny_batch
 
@@ -90,16 +103,49 @@ def stfpm_file():
     return {"category": "bottle", "state_dict": filled_state(stfpm_shapes((2, 4, 8, 16)))}
 
 
+def shrunk(shapes):
+    """The names of a published network with hardly any numbers, as importing asks for no shape."""
+    return filled_state({name: tuple(min(size, 3) for size in shape) for name, shape in shapes.items()})
+
+
+def network_file(shapes, wrapper="model"):
+    return lambda: {wrapper: shrunk(shapes), "epoch": 64}
+
+
 FILES = {
     "crd": crd_file,
     "rd4ad": rd4ad_file,
     "anomalib-rd": lambda: {"epoch": 3, "state_dict": filled_state(anomalib_shapes(TINY))},
     "stfpm": stfpm_file,
+    "m3dm-uff": network_file(fusion()),
+    "cmdiad-f2f": network_file(f2f_mlp(2)),
+    "cmdiad-f2f-conv": network_file(f2f_conv()),
+    "cmdiad-f2i": network_file(f2i_conv()),
+    "cmdiad-f2i-mlp": network_file(f2i_mlp()),
+    "cmdiad-i2f": network_file(i2f()),
+    "cfm": network_file(mapping(6, 4, big=True)),
+    "point-mae": network_file(POINT_MAE, "base_model"),
+    "ast-teacher": lambda: {"state_dict": filled_state(ast_teacher(6, 4)), "epoch": 64},
+    "ast-student": lambda: {"state_dict": filled_state(ast_student(6, 8)), "epoch": 64},
+}
+NETWORKS = {  # tensors that such a file must hold, counters of norms aside
+    "m3dm-uff": 16,
+    "cmdiad-f2f": 28,
+    "cmdiad-f2f-conv": 32,
+    "cmdiad-f2i": 8,
+    "cmdiad-f2i-mlp": 10,
+    "cmdiad-i2f": 2 * 5 + 12 * 15 + 5 + 2,
+    "cfm": 14,
+    "point-mae": 154,
+    "ast-teacher": 40,
+    "ast-student": 52,
 }
 EXPECTED = {  # the part of the detector that takes the file
     "crd": ("crd", students),
     "rd4ad": ("reverse_distillation", rd_student),
     "anomalib-rd": ("reverse_distillation", rd_student),
+    "ast-teacher": ("ast", lambda: Flow(6, hidden=4)),
+    "ast-student": ("ast", lambda: ConvStudent(6, hidden=8)),
 }
 
 
@@ -107,6 +153,12 @@ def flat(content):
     """All tensors of a file under dotted names."""
     parts = {part: state for part, state in content.items() if isinstance(state, dict)}
     return {f"{part}.{name}": x for part, state in parts.items() for name, x in state.items()}
+
+
+def bare(content):
+    """All tensors of a file under the names that a file without any wrapper would have."""
+    wrapper = next((f"{name}." for name in ("state_dict", "base_model", "model") if name in content), "")
+    return {name.removeprefix(wrapper): x for name, x in flat(content).items()}
 
 
 def accounts_for(content, imported):
@@ -205,17 +257,29 @@ def test_named_tensors_land_where_they_belong(theirs, ours):
     assert official.crd(file).tensors[ours] is flat(file)[theirs]
 
 
+@pytest.mark.parametrize(("position", "first"), [(32, 3), (0, 2)])
+def test_asts_couplings_are_counted_with_and_without_positions(position, first):
+    file = filled_state(ast_teacher(6, 4, position, kernels=(3, 3, 5)))
+    imported = FORMATS["ast-teacher"].convert(file, "x.pth")
+    assert imported.dropped == {}
+    assert imported.tensors["teacher.blocks.2.of_second.gain"] is file[f"module_list.{first + 4}.s2.gamma"]
+    Flow(6, position, 4, (3, 3, 5)).load_state_dict(
+        {name.removeprefix("teacher."): tensor for name, tensor in imported.tensors.items()}
+    )
+    student = FORMATS["ast-student"].convert(filled_state(ast_student(6, 8)), "x.pth")
+    assert student.dropped == {"gamma": official.NO_USE}
+
+
 # -- what is not as it should be ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("published", FORMATS)
 def test_any_single_tensor_that_is_missing_is_named(published):
-    state = flat(FILES[published]())
-    state = {name.removeprefix("state_dict."): x for name, x in state.items()}
+    state = bare(FILES[published]())
     whole = FORMATS[published].convert(state, "x.pth")
     counters = [name for name in state if name.endswith("num_batches_tracked")]
     needed = [name for name in state if name not in whole.dropped and name not in counters]
-    assert len(needed) > 50
+    assert len(needed) == NETWORKS[published] if published in NETWORKS else len(needed) > 50
     for name in needed:
         rest = {key: x for key, x in state.items() if key != name}
         last = name.rpartition("student_")[2].partition(".")[2] if published == "crd" else name
@@ -245,6 +309,17 @@ def test_missing_counters_are_filled_with_zero(published):
         ("rd4ad", "decoder", "memory"),
         ("anomalib-rd", "state_dict", "model.head.weight"),
         ("stfpm", "state_dict", "model.8.weight"),
+        ("m3dm-uff", "model", "xyz_mlp.fc3.weight"),
+        ("cmdiad-f2f", "model", "rgb_mlp.mlp_module.0.fc4.bias"),
+        ("cmdiad-f2f-conv", "model", "xyz_conv.10.weight"),
+        ("cmdiad-f2i", "model", "conv5.weight"),
+        ("cmdiad-f2i-mlp", "model", "xyz_norm.weight"),
+        ("cmdiad-i2f", "model", "layer2.0.conv4.weight"),
+        ("cfm", "model", "projection.weight"),
+        ("point-mae", "base_model", "MAE_encoder.blocks.blocks.12.norm1.weight"),
+        ("point-mae", "base_model", "cls_head.weight"),
+        ("ast-teacher", "state_dict", "module_list.4.perm"),
+        ("ast-student", "state_dict", "res.4.l3.weight"),
     ],
 )
 def test_a_tensor_of_no_rule_is_named(published, part, name):
@@ -286,6 +361,26 @@ def test_files_without_named_tensors_are_refused(content):
         official.detect(content, "x.pth")
 
 
+@pytest.mark.parametrize("published", NETWORKS)
+def test_every_tensor_of_a_network_is_kept_or_dropped_with_a_reason_and_finite(published):
+    content = FILES[published]()
+    imported = FORMATS[published].convert(content, "x.pth")
+    state = next(iter(content.values()))
+    kept = {name: x for name, x in state.items() if name not in imported.dropped}
+    assert len(imported.tensors) == len(kept)
+    assert {x.data_ptr() for x in imported.tensors.values()} == {x.data_ptr() for x in kept.values()}
+    assert imported.dropped.pop("epoch") == official.BESIDE
+    reasons = {name: {official.NO_USE} for name in ("cmdiad-f2i", "cmdiad-i2f", "ast-student")}
+    reasons["point-mae"] = {official.PRETRAINING, official.COUNTER}
+    assert set(imported.dropped.values()) == reasons.get(published, set())
+    for name in kept:
+        if not name.endswith("num_batches_tracked"):
+            broken = {**state, name: torch.full_like(state[name], torch.nan)}
+            with pytest.raises(WeightsError, match=r"^x\.pth: '.*' holds numbers that are not finite"):
+                FORMATS[published].convert({**content, next(iter(content)): broken}, "x.pth")
+            break
+
+
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
@@ -295,7 +390,7 @@ def test_each_format_is_told_by_its_names(tmp_path, published, kind):
     content = FILES[published]()
     expected = FORMATS[published].convert(content, "x").tensors
     if kind == "flat.safetensors":
-        save_file({name.removeprefix("state_dict."): x for name, x in flat(content).items()}, tmp_path / kind)
+        save_file(bare(content), tmp_path / kind)
     else:
         start = "module." if kind == "parallel.pt" else ""
         torch.save(

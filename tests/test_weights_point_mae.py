@@ -9,8 +9,8 @@ from torch.testing import assert_close
 from golden import filled_state, learned
 from polyspect.backbones.point_transformer import PointTransformer
 from polyspect.errors import WeightsError
-from polyspect.weights.point_mae import SHA256, point_mae_state
-from published_networks import POINT_MAE, POINT_MAE_ENCODER
+from polyspect.weights.point_mae import SHA256, point_bert_state, point_mae_state
+from published_networks import POINT_BERT, POINT_MAE, POINT_MAE_ENCODER
 
 
 @pytest.fixture(scope="module")
@@ -103,3 +103,52 @@ def test_a_wrong_shape_a_wrong_kind_and_damage_are_named(encoder, network):
 def test_what_holds_no_tensors_is_refused(network, content):
     with pytest.raises(WeightsError, match=r"expected (tensors by name|a tensor)"):
         point_mae_state(content, network)
+
+
+# -- Point-BERT --------------------------------------------------------------------------------------------------------
+
+
+def point_bert(**changed):
+    return {"base_model": {f"module.{name}": x for name, x in (filled_state(POINT_BERT) | changed).items()}}
+
+
+def test_point_bert_has_the_published_size_and_every_tensor_is_used():
+    network = PointTransformer(size="bert")
+    assert sum(p.numel() for p in network.parameters()) == 21_858_816
+    state = filled_state(POINT_BERT)
+    got = point_bert_state(point_bert(), network)
+    network.load_state_dict(got)
+    assert torch.equal(got["class_position"], state["transformer_q.cls_pos"])
+    assert torch.equal(got["reduce.weight"], state["transformer_q.reduce_dim.weight"])
+    assert got["encoder.joint2.weight"].shape == (256, 512)
+
+
+def test_point_bert_puts_a_class_token_before_the_groups_and_drops_it():
+    network = PointTransformer((0, 1), size="bert").eval()
+    network.load_state_dict(point_bert_state(point_bert(), network))
+    generator = torch.Generator().manual_seed(0)
+    groups, centres = torch.randn(2, 5, 4, 3, generator=generator), torch.randn(2, 5, 3, generator=generator)
+    with torch.no_grad():
+        tokens = network.reduce(network.encoder.plain(groups))
+        h = torch.cat([network.class_token.expand(2, 1, -1), tokens], dim=1)
+        position = torch.cat([network.class_position.expand(2, 1, -1), network.position(centres)], dim=1)
+        expected = []
+        for block in network.blocks:
+            h = block(h + position, True)
+            expected.append(network.norm(h)[:, 1:])
+        found = network(groups, centres)
+    assert_close(found, torch.cat(expected, dim=-1), rtol=1e-4, atol=1e-4)
+
+
+def test_a_point_bert_tensor_that_is_missing_unknown_or_misshapen_is_named():
+    with torch.device("meta"):
+        network = PointTransformer(size="bert")
+    state = filled_state(POINT_BERT)
+    with pytest.raises(WeightsError, match="nothing for 'class_token'"):
+        point_bert_state({n: x for n, x in state.items() if n != "transformer_q.cls_token"}, network)
+    with pytest.raises(WeightsError, match=r"has 'mask_token', for which"):
+        point_bert_state(point_bert(**{"transformer_q.mask_token": torch.zeros(1)}), network)
+    with pytest.raises(WeightsError, match=r"'reduce\.weight' has shape \(384, 384\)"):
+        point_bert_state(point_bert(**{"transformer_q.reduce_dim.weight": torch.zeros(384, 384)}), network)
+    with pytest.raises(WeightsError, match=r"no tensor under 'transformer_q\.'"):
+        point_bert_state(filled_state({"MAE_encoder.norm.weight": (3,)}), network)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import random
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,28 +94,15 @@ def fit(
     """
     kind, config, chosen = _choose(detector, preset, settings, preparation, prepare)
     reader = open_reader(data, root, **(reader_options or {}))
-    broken: dict[str, dict[str, str]] | None = {"train": {}, "validation": {}} if on_error == "skip" else None
-    train, validation, source = _splits(reader, category, seed, max_train, broken)
-    check_no_leak(
-        {record.id: _own_hashes(record) for record in validation},
-        _hashes(reader, category),
-    )
-    progress = progress or Progress()
-    cache_folder = Path(cache) if cache else None
-    common: dict[str, Any] = {
-        "modalities": config.modalities,
-        "cache": PreparedCache(cache_folder / "prepared" if cache_folder else None),
-        "on_error": on_error,
-    }
-    parts = Parts(reader, train, chosen, **common, broken=broken["train"] if broken else None)
-    held = Parts(reader, validation, chosen, **common, broken=broken["validation"] if broken else None)
+    progress, folder = progress or Progress(), Path(cache) if cache else None
+    seen = {"preparation": chosen, "modalities": config.modalities, "on_error": on_error}
+    parts, hold, source = _good_parts(reader, category, seed, max_train, folder, **seen)
+    held = hold()
     # a device or weights that cannot be had are errors before the long work starts
-    engine = _engine(
-        out, cache_folder, cache_gb, progress, seed=seed, device=device, precision=precision, compile=compile
-    )
+    engine = _engine(out, folder, cache_gb, progress, seed=seed, device=device, precision=precision, compile=compile)
     network = kind(config)
     with progress:
-        with progress.task("prepare", len(train) + len(validation)) as advance:
+        with progress.task("prepare", len(parts) + len(held)) as advance:
             parts.check(advance=advance)
             held.check(advance=advance)
         if chosen.depth_range == "category" and "depth" in config.modalities:
@@ -186,30 +174,21 @@ def complete(
     without_cloud(fitted.preparation)  # an error now, not after the long work
     seed = int(fitted.info.get("seed", 0)) if seed is None else seed
     reader = open_reader(data, root, **(reader_options or {}))
-    broken: dict[str, dict[str, str]] | None = {"train": {}, "validation": {}} if on_error == "skip" else None
-    train, validation, source = _splits(reader, category, seed, max_train, broken)
-    check_no_leak({record.id: _own_hashes(record) for record in validation}, _hashes(reader, category))
-    progress = progress or Progress()
-    cache_folder = Path(cache) if cache else None
-    common: dict[str, Any] = {
-        "modalities": fitted.modalities,
-        "scale": fitted.scale,
-        "cache": PreparedCache(cache_folder / "prepared" if cache_folder else None),
-        "on_error": on_error,
-    }
-    parts = Parts(reader, train, fitted.preparation, **common, broken=broken["train"] if broken else None)
-    engine = _engine(out, cache_folder, cache_gb, progress, seed=seed, device=device, precision=precision)
+    progress, folder = progress or Progress(), Path(cache) if cache else None
+    seen = {"preparation": fitted.preparation, "modalities": fitted.modalities, "scale": fitted.scale}
+    parts, hold, source = _good_parts(reader, category, seed, max_train, folder, **seen, on_error=on_error)
+    engine = _engine(out, folder, cache_gb, progress, seed=seed, device=device, precision=precision)
     with progress:
-        with progress.task("prepare", len(train)) as advance:
+        with progress.task("prepare", len(parts)) as advance:
             parts.check(advance=advance)
         engine.fit(completion, {"train": parts}, resume=resume)
         completed = Model(
             fitted.name, completion, fitted.preparation, fitted.scale, fitted.calibration, dict(fitted.info)
         )
         fewer = completion.choices[1:]
-        with progress.task("calibrate", len(fewer) * len(validation)) as advance:
+        with progress.task("calibrate", len(fewer) * len(hold())) as advance:
             for names in fewer:
-                held = Parts(reader, validation, fitted.preparation, **common, choices=[names]).check()
+                held = hold(choices=[names]).check()
                 completed.partial["+".join(names)] = _calibrate(
                     completed, held, fitted.calibration.false_reject, fitted.calibration.confidence, source, advance
                 )
@@ -369,6 +348,28 @@ def _engine(out: str | Path | None, cache: Path | None, cache_gb: float, progres
     """The engine of a fit that writes to `out`, its checkpoint beside it."""
     config = EngineConfig(cache=str(cache) if cache else None, cache_bytes=int(cache_gb * 2**30), **settings)
     return Engine(config, checkpoint=Path(f"{out}.checkpoint") if out else None, progress=progress)
+
+
+def _good_parts(
+    reader: Reader, category: str, seed: int, max_train: int | None, cache: Path | None, on_error: OnError, **seen: Any
+) -> tuple[Parts, Callable[..., Parts], str]:
+    """The training parts, what makes the validation parts (by further options of `Parts`), and where these came from.
+
+    `seen` says how parts are seen: `preparation`, `modalities`, `scale`.
+
+    Raises:
+        CalibrationError: a validation part is also a test part.
+    """
+    broken: dict[str, dict[str, str]] | None = {"train": {}, "validation": {}} if on_error == "skip" else None
+    train, validation, source = _splits(reader, category, seed, max_train, broken)
+    check_no_leak({record.id: _own_hashes(record) for record in validation}, _hashes(reader, category))
+    prepared = PreparedCache(cache / "prepared" if cache else None)
+
+    def make(split: str, records: list[Record], **more: Any) -> Parts:
+        left_out = None if broken is None else broken[split]
+        return Parts(reader, records, cache=prepared, on_error=on_error, broken=left_out, **seen, **more)
+
+    return make("train", train), partial(make, "validation", validation), source
 
 
 def _choose(

@@ -265,9 +265,10 @@ def _add_weights(commands: Any) -> None:
     sub = command(
         "import",
         do.run_weights_import,
-        "Bring a published checkpoint of a distillation method to our names, as safetensors; runs no pickled code.",
+        "Bring a published checkpoint to our names, as safetensors; runs no pickled code.",
         "  polyspect weights import --from crd published.pth --out students.safetensors\n"
         "  polyspect weights import --from anomalib-rd model.ckpt --out student.safetensors --json\n"
+        "  polyspect weights import pointmae_pretrain.pth --out point_mae.safetensors\n"
         "  polyspect fit --detector crd --preset paper --set checkpoint=students.safetensors --root parts "
         "--category bagel --out bagel.safetensors\n",
     )
@@ -276,7 +277,8 @@ def _add_weights(commands: Any) -> None:
         "--from",
         dest="source_format",
         metavar="FORMAT",
-        help="crd, rd4ad, anomalib-rd or stfpm (default: told by its names)",
+        help="crd, rd4ad, anomalib-rd, stfpm, m3dm-uff, cmdiad-f2f, cmdiad-f2f-conv, cmdiad-f2i, cmdiad-f2i-mlp, "
+        "cmdiad-i2f, cfm or point-mae (default: told by its names)",
     )
     sub.add_argument("--out", required=True, help="file to write, .safetensors")
     _add_pretraining(command)
@@ -288,25 +290,26 @@ def _add_pretraining(command: Callable[..., argparse.ArgumentParser]) -> None:
         "pretrain-point-mae",
         do.run_weights_pretrain,
         "Train a point transformer on clouds without labels (Point-MAE), and write its encoder as a weights file.",
-        "  polyspect weights pretrain-point-mae --shapes 50000 --out own.safetensors\n"
+        "  polyspect weights pretrain-point-mae --shapes 1000 --out own.safetensors\n"
         "  polyspect weights pretrain-point-mae --clouds scans/xyz --epochs 20 --seed 1 --out scans.safetensors\n"
         "  polyspect weights pretrain-point-mae --clouds shapenet --paper --epochs 300 --out base.safetensors\n"
-        "  polyspect weights pretrain-point-mae --shapes 50000 --out own.safetensors --resume\n",
+        "  polyspect weights pretrain-point-mae --shapes 1000 --out own.safetensors --resume\n",
     )
     clouds = sub.add_mutually_exclusive_group(required=True)
     clouds.add_argument(
         "--clouds", metavar="FOLDER", help="PLY, PCD, TIFF, NPY or NPZ clouds, in folders below as well"
     )
     clouds.add_argument("--shapes", type=int, metavar="N", help="N made-up shapes as a depth camera sees them")
+    sub.add_argument("--pixels", type=int, default=160, help="with --shapes: side of the depth image (%(default)s)")
     sub.add_argument("--out", required=True, help="file to write, .safetensors")
     length = sub.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="updates (default: 800)")
     length.add_argument("--epochs", type=float, help="passes over the clouds, instead of --steps")
     sub.add_argument("--paper", action="store_true", help="the paper's settings and size where none is given here")
     sub.add_argument("--size", choices=["small", "base"], help="of the network (default: small)")
-    sub.add_argument("--batch-size", type=int, help="clouds per update (default: 16)")
-    sub.add_argument("--points", type=int, help="points drawn from a cloud (default: 4096)")
-    for name, what, default in (("groups", "groups per cloud", "48 80"), ("group-size", "points per group", "24 32")):
+    sub.add_argument("--batch-size", type=int, help="clouds per update (default: 8)")
+    sub.add_argument("--points", type=int, help="points drawn from a cloud (default: 6144)")
+    for name, what, default in (("groups", "groups per cloud", "96 160"), ("group-size", "points per group", "48 96")):
         sub.add_argument(
             f"--{name}",
             type=int,
@@ -314,9 +317,12 @@ def _add_pretraining(command: Callable[..., argparse.ArgumentParser]) -> None:
             metavar="N",
             help=f"{what}: one number, or least and most (default: {default})",
         )
-    sub.add_argument("--mask-ratio", type=float, help="share of the groups that is hidden (default: 0.6)")
+    sub.add_argument("--mask-ratio", type=float, help="share of the groups that is hidden (default: 0.4)")
     sub.add_argument("--masking", choices=["random", "block"], help="which groups are hidden (default: random)")
     sub.add_argument("--loss", choices=["l2", "l1"], help="Chamfer distance, squared or not (default: l2)")
+    sub.add_argument(
+        "--shape-weight", type=float, help="weight of telling each group's histogram of angles; 0: do not (default: 1)"
+    )
     sub.add_argument("--lr", type=float, help="highest learning rate (default: 0.001)")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")

@@ -364,7 +364,7 @@ def run_weights_import(a: argparse.Namespace) -> int:
     """Bring a published checkpoint to our names and write it without pickle."""
     from .errors import WeightsError
     from .fitting.modelfile import FORMAT, write_tensors
-    from .weights.official import checkpoint_source, read_checkpoint
+    from .weights.official import FORMATS, checkpoint_source, read_checkpoint
 
     out = Path(a.out).expanduser()
     if out.suffix != ".safetensors":
@@ -373,9 +373,10 @@ def run_weights_import(a: argparse.Namespace) -> int:
         raise ConfigError(f"--out must name another file than the published one, got '{a.out}'")
     imported, digest = read_checkpoint(a.file, a.source_format), checkpoint_source(a.file)["sha256"]
     if imported.made_from is not None:
-        raise ConfigError(f"'{a.file}' is imported already: set it as the `checkpoint` of {imported.detector}")
+        use = FORMATS[imported.format].use.format(a.file)
+        raise ConfigError(f"'{a.file}' is imported already: use it with {imported.detector} --set {use}")
     try:
-        write_tensors(out, imported.tensors, {"format": FORMAT, "imported": imported.about(digest)})
+        write_tensors(out, imported.tensors, {"format": FORMAT, **imported.header(digest)})
     except OSError as error:
         raise WeightsError(f"cannot write {out}: {error.strerror or error}; choose another --out") from None
     reasons: dict[str, list[str]] = {}
@@ -389,7 +390,8 @@ def run_weights_import(a: argparse.Namespace) -> int:
         f"imported from {a.file} (format {imported.format}), sha256 {digest}",
         *(f"dropped {len(names)} ({_few(names)}): {why}" for why, names in reasons.items()),
         *([] if reasons else ["dropped nothing"]),
-        f"use it with --set checkpoint={out}, behind the teacher and the preparation that it was trained with",
+        f"use it with --set {FORMATS[imported.format].use.format(out)}, behind the networks and the preparation that "
+        "it was trained with",
     ]
     _emit(a, shown, "\n".join(lines))
     return 0
@@ -405,13 +407,14 @@ def run_weights_pretrain(a: argparse.Namespace) -> int:
     from .fitting.pretraining import PAPER, CloudSource, PretrainingConfig, pretrain, write_encoder
     from .fitting.progress import TerminalProgress
 
-    names = ("size", "steps", "batch_size", "points", "groups", "group_size", "mask_ratio", "masking", "loss", "lr")
+    names = ["size", "steps", "batch_size", "points", "groups", "group_size", "mask_ratio", "masking", "loss"]
+    names += ["shape_weight", "lr"]
     given = {name: getattr(a, name) for name in names if getattr(a, name) is not None}
     for name in ("groups", "group_size"):
         if len(given.get(name, ())) == 1:
             given[name] *= 2
     settings = {**(PAPER if a.paper else {}), **given, "seed": a.seed}
-    source: CloudSource = CloudFolder(a.clouds) if a.clouds else ShapeClouds(a.shapes, a.seed)
+    source: CloudSource = CloudFolder(a.clouds) if a.clouds else ShapeClouds(a.shapes, a.seed, a.pixels)
     if a.epochs is not None:
         batch = settings.get("batch_size", PretrainingConfig.batch_size)
         settings["steps"] = math.ceil(a.epochs * len(source) / batch)

@@ -22,6 +22,7 @@ from ..weights.convert import efficientnet_lite_to_timm, fit_state, is_efficient
 from ..weights.known import KNOWN, describe
 from ..weights.resolve import resolve
 from .folding import fold_batch_norm
+from .padding import fix_same_padding
 
 DEFAULT_BACKBONE = "efficientnet_lite0"
 """The backbone whose ImageNet weights come with the installation, so that nothing needs a model hub."""
@@ -65,6 +66,7 @@ class ImageBackbone(nn.Module):
         fold_bn: bool = False,
         final_norm: bool = False,
         blocks: int | None = None,
+        padded_for: int | None = None,
     ) -> None:
         """Build the network and load its weights.
 
@@ -77,24 +79,32 @@ class ImageBackbone(nn.Module):
             fold_bn: Fold batch norm into the convolutions: faster, but the statistics can no longer be adapted.
             final_norm: For transformers on one grid (ViT): apply the network's final LayerNorm to the patch tokens, as
                 M3DM and CMDIAD do with DINO. Without it they are the last block's raw output.
-            blocks: For transformers on one grid: keep the first so many blocks, for less time and memory (CFM's layer
-                pruning). None keeps all.
+            blocks: Keep the first so many blocks: of transformers on one grid, for less time and memory (CFM's layer
+                pruning), or of EfficientNets, whose blocks are stages (AST ends B5 behind the sixth of seven); the
+                deepest output is then that of the last block kept. None keeps all.
+            padded_for: For networks with TensorFlow's "same" padding, which depends on the size of the image: keep
+                the one of an image with this side, pixels, whatever comes (`fix_same_padding`).
 
         Raises:
             ConfigError: unknown backbone, a reduction that it does not have (lists what it has), batch norms that
-                cannot be folded, no final norm, or `blocks` that it does not have.
+                cannot be folded, no final norm, `blocks` that it does not have, or no "same" padding to fix.
             WeightsError: the weights cannot be had (lists the places looked at) or do not fit.
         """
         super().__init__()
         architecture = KNOWN[name].network or name if name in KNOWN else name
         stages = last_stages(name, reductions)
-        if blocks is not None:
+        staged = blocks is not None and _is_staged(architecture)
+        if blocks is not None and not staged:
             stages = _first_blocks(name, architecture, stages, blocks)
         self.name = name
         self.reductions = tuple(stage.reduction for stage in stages)
         self.channels = tuple(stage.channels for stage in stages)
         with _seeded(seed):
             self.network = _build(architecture, [stage.number for stage in stages], final_norm)
+        if blocks is not None and staged:
+            self.channels = (*self.channels[:-1], _end_behind(name, self.network, blocks))
+        if padded_for is not None:
+            fix_same_padding(self.network, padded_for)
         self.weights_source = {"name": name, "source": "none", "sha256": ""}
         if weights == "random":
             self.weights_source["source"] = "random"
@@ -212,10 +222,47 @@ def _first_blocks(name: str, architecture: str, stages: Sequence[Stage], blocks:
     """The stage behind the first `blocks` blocks of a transformer on one grid."""
     known = len(getattr(_whole(architecture), "blocks", ()))
     if not known or len({stage.reduction for stage in _stages(architecture)}) > 1:
-        raise ConfigError(f"`blocks` is for transformers on one grid (vit_...), '{name}' is none: leave it None")
+        raise ConfigError(
+            f"`blocks` is for transformers on one grid (vit_...) and EfficientNets, '{name}' is neither: leave it None"
+        )
     if not 1 <= blocks <= known:
         raise ConfigError(f"`blocks` of backbone '{name}' must be in 1..{known}, got {blocks}")
     return [stage._replace(number=blocks - 1) for stage in stages]
+
+
+def _is_staged(architecture: str) -> bool:
+    """Whether the network's blocks are stages that can be cut anywhere, as those of EfficientNets."""
+    return hasattr(_whole(architecture), "conv_stem") and len({s.reduction for s in _stages(architecture)}) > 1
+
+
+def _end_behind(name: str, network: Any, blocks: int) -> int:
+    """End an EfficientNet behind its block number `blocks` (from 1), which becomes the deepest output; its channels."""
+    taps = dict(sorted(network._stage_out_idx.items()))  # timm's: number of a block -> number of an output
+    last, before = list(taps)[-1], list(taps)[-2:-1]
+    known = int(network.feature_info.info[-1]["stage"])
+    first = _first_at_same_grid(network, last)
+    if not max([first, *(end + 1 for end in before)]) <= blocks <= last:
+        raise ConfigError(
+            f"`blocks` of backbone '{name}' must be in {first}..{last} for this reduction (it has {known}), got "
+            f"{blocks}"
+        )
+    taps[blocks] = taps.pop(last)
+    network._stage_out_idx = taps
+    network.blocks = network.blocks[:blocks]
+    norms = [module for module in network.blocks[-1].modules() if isinstance(module, nn.BatchNorm2d)]
+    return int(norms[-1].num_features)
+
+
+def _first_at_same_grid(network: Any, last: int) -> int:
+    """The first block (from 1) whose output has the grid of block `last`'s."""
+    first = last
+    while first > 1 and all(max(m.stride) == 1 for m in network.blocks[first - 1].modules() if _is_conv(m)):
+        first -= 1
+    return first
+
+
+def _is_conv(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d)
 
 
 @lru_cache

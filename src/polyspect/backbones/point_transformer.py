@@ -51,6 +51,7 @@ class PointSize:
     blocks: int
     point_channels: tuple[int, int, int]  # of a point after W1, W2 and W3; P1 is as wide as W1
     layers: tuple[int, ...]  # blocks returned unless others are asked for: after a third, two thirds, and the last
+    token: int | None = None  # channels that a group's token has before a linear layer brings it to `width`; None: none
 
 
 SIZES = {
@@ -58,6 +59,10 @@ SIZES = {
     "small": PointSize(width=192, heads=3, blocks=8, point_channels=(64, 128, 256), layers=(2, 5, 7)),
 }
 """``base`` is the published encoder; ``small`` is ours: 3,691,200 parameters, for machines without a GPU."""
+
+POINT_BERT = PointSize(width=384, heads=6, blocks=12, point_channels=(128, 256, 512), layers=(3, 7, 11), token=256)
+"""Size ``bert``, Point-BERT's encoder: narrower tokens, and before them a class token with a position of its own, which
+the features leave out; 21,858,816 parameters. It is no size of our pre-training."""
 
 
 class PointTransformer(nn.Module):
@@ -87,7 +92,7 @@ class PointTransformer(nn.Module):
 
         Args:
             layers: Blocks to return, from 0, ascending; None for the size's own, (3, 7, 11).
-            size: A name in `SIZES`.
+            size: A name in `SIZES`, or ``bert``: `POINT_BERT`.
             statistics: Where the norms of the group encoder take mean and variance from.
             chunk: Points handled at a time in eval mode (about 5 kB each); whole groups, at least one.
 
@@ -96,9 +101,10 @@ class PointTransformer(nn.Module):
                 below 1.
         """
         super().__init__()
-        if size not in SIZES:
-            raise ConfigError(f"unknown size '{size}' of the point transformer: {nearest_names(size, SIZES)}")
-        shape = SIZES[size]
+        sizes = {**SIZES, "bert": POINT_BERT}
+        if size not in sizes:
+            raise ConfigError(f"unknown size '{size}' of the point transformer: {nearest_names(size, sizes)}")
+        shape = sizes[size]
         self.size = size
         self.layers = shape.layers if layers is None else tuple(layers)
         if not self.layers or list(self.layers) != sorted({*self.layers} & {*range(shape.blocks)}):
@@ -107,7 +113,12 @@ class PointTransformer(nn.Module):
                 f"once, got {list(self.layers)}"
             )
         self.channels = shape.width * len(self.layers)
-        self.encoder = GroupEncoder(statistics, chunk, (*shape.point_channels, shape.width))
+        self.encoder = GroupEncoder(statistics, chunk, (*shape.point_channels, shape.token or shape.width))
+        self.reduce: nn.Linear | None = None
+        if shape.token is not None:
+            self.reduce = nn.Linear(shape.token, shape.width)
+            self.class_token = nn.Parameter(torch.zeros(1, 1, shape.width))
+            self.class_position = nn.Parameter(torch.randn(1, 1, shape.width))
         self.position = position_layers(shape)
         self.blocks = nn.ModuleList(Block(shape.width, shape.heads) for _ in range(self.layers[-1] + 1))
         self.norm = nn.LayerNorm(shape.width)
@@ -140,10 +151,13 @@ class PointTransformer(nn.Module):
         check_shapes(groups=(groups, "B G M 3"), centres=(centres, "B G 3"))
         h = self.encoder.plain(groups) if plain else self.encoder(groups)  # B G C
         position = self.position(centres)  # B G C, Eq. 3
+        if self.reduce is not None:  # B 1+G C
+            h = torch.cat([self.class_token.expand(len(h), -1, -1), self.reduce(h)], dim=1)
+            position = torch.cat([self.class_position.expand(len(h), -1, -1), position], dim=1)
         outputs = []
         for block in self.blocks:
             h = block(h + position, plain)  # Eq. 4
-            outputs.append(h)
+            outputs.append(h if self.reduce is None else h[:, 1:])
         return [outputs[layer] for layer in self.layers]
 
     def _join(self, outputs: Sequence[Tensor]) -> Tensor:

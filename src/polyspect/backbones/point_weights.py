@@ -12,7 +12,7 @@ import torch
 
 from ..errors import ConfigError, WeightsError, nearest_names
 from ..weights.convert import State, fit_state, read_file, read_metadata
-from ..weights.point_mae import point_mae_state
+from ..weights.point_mae import point_bert_state, point_mae_state
 from ..weights.resolve import resolve
 from .point_transformer import SIZES, PointTransformer, Statistics
 
@@ -25,8 +25,14 @@ class _Network:
     frame: Frame
 
 
-POINT_BACKBONES = {"point_mae_small": _Network("small", "unit"), "point_mae": _Network("base", "camera")}
-"""``point_mae_small`` comes with polyspect; ``point_mae`` is the published network, which must be supplied."""
+POINT_BACKBONES = {
+    "point_mae_small": _Network("small", "unit"),
+    "point_mae": _Network("base", "camera"),
+    "point_bert": _Network("bert", "camera"),
+}
+"""``point_mae_small`` comes with polyspect; the other two are published networks, which must be supplied."""
+
+_PUBLISHED = {"base": point_mae_state, "bert": point_bert_state}  # by size: the reader of the published file
 
 DEFAULT_POINT_BACKBONE = "point_mae_small"
 
@@ -90,10 +96,10 @@ def load_point_transformer(
     source |= {"source": file.source, "sha256": file.sha256}
     about = _header(file.path)
     if about is None:
-        if known.size != "base":
+        if known.size not in _PUBLISHED:
             raise WeightsError(f"{file.path} has no header that says which point transformer it holds: write it with "
                                "`polyspect weights pretrain-point-mae`")  # fmt: skip
-        network.load_state_dict(point_mae_state(read_file(file.path), network, str(file.path)))
+        network.load_state_dict(_PUBLISHED[known.size](read_file(file.path), network, str(file.path)))
         return LoadedPoints(network, source, known.frame)
     if about["size"] != known.size:
         raise WeightsError(

@@ -85,6 +85,8 @@ def standardise_depth(sample: Sample, preparation: Preparation, scale: DepthScal
         DataError: the part has no depth, or the category's scale is needed and was not fitted.
     """
     depth, on = _depth(sample)
+    if preparation.depth == "relative":  # 0 off the part already, and what was filled early counts as measured
+        return depth.astype(np.float32)
     if preparation.depth_range == "category" and scale is None:
         raise DataError(
             f"sample '{sample.id}': the depth of its category has no scale yet: fit one with `fit_depth_scale` on "

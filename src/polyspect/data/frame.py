@@ -119,6 +119,10 @@ class Frame:
             return canvas.copy()
         return _pil_resize(canvas, self.size, _PIL_FILTERS[method])
 
+    def take_bilinear(self, image: Array, size: int) -> Array:
+        """An (H, W) float image at size x size between its nearest four pixels, without antialias, as AST resizes."""
+        return cv2.resize(self._canvas(image, edge=False), (size, size), interpolation=cv2.INTER_LINEAR)
+
     def _sources(self) -> tuple[Array, Array]:
         """Input row of each prepared row and input column of each prepared column; outside the input if padded."""
         k = np.arange(self.size)

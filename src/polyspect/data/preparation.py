@@ -12,7 +12,8 @@ Flags a part can get (``sample.meta["flags"]``, a list, after those that the rea
     no_plane           a plane was needed and none was found: nothing is removed (background "corners": all is, as in
                        CRD), heights are the median z minus z, normals stay in the camera's frame
     no_cloud           heights were asked for and there is only a depth image: median z minus z as well
-    empty_corner       a corner that CRD's plane needs has no measured point, so that plane is wrong
+    empty_corner       a corner that the background rests on has no measured point: CRD's plane is wrong then, AST's
+                       surface rests on the nearest points instead
     all_background     nothing is left of the part once the background is removed
 """
 
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -29,7 +31,7 @@ from ..geometry.components import close_mask, keep_components
 from ..geometry.filling import fill_rounds
 from ..geometry.height import height_above, to_plane_frame
 from ..geometry.normals import sobel_normals, surface_normals
-from ..geometry.plane import Plane, corner_plane, empty_corners, fit_plane
+from ..geometry.plane import Plane, corner_plane, corner_surface, empty_corners, fit_plane
 from ..samples import MODALITIES, Array, Sample, is_geometric
 from .frame import Aspect, Filter, Frame, Nearest
 
@@ -47,10 +49,11 @@ class Preparation:
     nearest: Nearest = "centre"  # pixel taken for 3D and masks: "centre" agrees with RGB, "corner" is the papers' floor
     geometry_at: Literal["prepared", "input"] = "prepared"  # grid of plane, pieces, normals (CRD prepared, BTF input)
     # the background
-    background: Literal["keep", "plane", "corners"] = "keep"  # remove nothing, the RANSAC plane (BTF), CRD's corners
+    # remove nothing, the RANSAC plane (BTF), CRD's three corners, AST's four corners (for depth "relative")
+    background: Literal["keep", "plane", "corners", "four_corners"] = "keep"
     plane_candidates: Literal["border", "grid"] = "border"  # points that vote on the plane (BTF: border)
     plane_fit_mm: float = 5.0  # mm, distance of an inlier of the fit (BTF 4)
-    plane_tolerance_mm: float = 5.0  # mm, points nearer to the plane than this are background (CRD, BTF 5)
+    plane_tolerance_mm: float = 5.0  # mm, points nearer to the plane than this are background (CRD, BTF 5, AST 7)
     plane_behind_weight: float = 1.0  # how strongly a plane with points behind it is rejected; 0 is plain RANSAC (BTF)
     plane_seed: int = 0  # which triples of points RANSAC tries
     remove_from: tuple[str, ...] = ("xyz", "depth", "normals")  # blanked in the background (CRD depth; BTF rgb, xyz)
@@ -59,12 +62,15 @@ class Preparation:
     component_jump_mm: float = 6.0  # mm, neighbours this far apart are not connected (DBSCAN radius of BTF and M3DM: 6)
     min_component_px: int = 0  # pixels, smaller pieces are removed; 0 keeps all
     # depth
-    depth: Literal["z", "height"] = "height"  # along the optical axis (CRD), or above the fitted plane
+    # along the optical axis (CRD), above the fitted plane, or z minus its mean on the part (AST)
+    depth: Literal["z", "height", "relative"] = "height"
     depth_range: Literal["category", "image", "none"] = (
         "category"  # scale of the depth image: see `DepthScale`; CRD image
     )
-    depth_fill: Literal["rounds", "full", "none"] = "full"  # holes: growing 3x3 means (CRD), nearest measured, stay 0
-    depth_fill_rounds: int = 2  # with "rounds" (CRD 2)
+    # holes: growing 3x3 means (CRD), nearest measured, stay 0; "early": means of z before anything else (AST)
+    depth_fill: Literal["rounds", "full", "none", "early"] = "full"
+    depth_fill_rounds: int = 2  # with "rounds" (CRD 2) and "early" (AST 3)
+    depth_step: int = 1  # prepared pixels to one pixel of depth and foreground, with "relative" (AST: 768 to 192)
     # normals
     normals: Literal["auto", "camera", "plane", "none"] = "auto"  # frame; "auto": the plane's if depth is "height"
     normals_method: Literal["surface", "sobel"] = "surface"  # for parts without a normals file; "sobel" after TRD
@@ -74,7 +80,7 @@ class Preparation:
     def __post_init__(self) -> None:
         at_least = {
             "size": 8, "pad_multiple": 0, "plane_behind_weight": 0, "closing": 0, "keep_components": 0,
-            "min_component_px": 0, "depth_fill_rounds": 0, "normals_window": 3,
+            "min_component_px": 0, "depth_fill_rounds": 0, "depth_step": 1, "normals_window": 3,
         }  # fmt: skip
         for name, least in at_least.items():
             if getattr(self, name) < least:
@@ -87,7 +93,33 @@ class Preparation:
                 raise ConfigError(f"preparation: `{name}` is '{getattr(self, name)}', expected one of {choices}")
         if self.normals_window % 2 == 0:
             raise ConfigError(f"preparation: `normals_window` must be odd, got {self.normals_window}")
+        self._check_relative()
         object.__setattr__(self, "remove_from", tuple(self.remove_from))  # a list, if it came from JSON or YAML
+
+    def _check_relative(self) -> None:
+        """AST's steps belong together: z is filled, cut and centred on the part's own grid, then resized."""
+        relative = self.depth == "relative"
+        for name, value in (("background", "four_corners"), ("depth_fill", "early")):
+            if getattr(self, name) == value and not relative:
+                raise ConfigError(f"preparation: `{name}` '{value}' is for depth='relative', got depth='{self.depth}'")
+        if not relative:
+            return
+        needs = {
+            "geometry_at": ("input",),
+            "background": ("keep", "four_corners"),
+            "depth_range": ("none",),
+            "depth_fill": ("early", "none"),
+        }
+        for name, allowed in needs.items():
+            if getattr(self, name) not in allowed:
+                expected = " or ".join(f"'{value}'" for value in allowed)
+                raise ConfigError(
+                    f"preparation: depth='relative' needs `{name}` {expected}, got '{getattr(self, name)}'"
+                )
+        if self.size % self.depth_step:
+            raise ConfigError(
+                f"preparation: `size` must be a multiple of `depth_step`, got {self.size} and {self.depth_step}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as JSON keeps them."""
@@ -109,7 +141,7 @@ class Preparation:
     @property
     def needs_plane(self) -> bool:
         """Whether any output depends on the support plane."""
-        return self.background != "keep" or self.depth == "height" or self.normals == "plane"
+        return self.background in ("plane", "corners") or self.depth == "height" or self.normals == "plane"
 
     @property
     def normals_frame(self) -> Literal["camera", "plane"]:
@@ -117,17 +149,19 @@ class Preparation:
         return "plane" if self.normals == "plane" or (self.normals == "auto" and self.depth == "height") else "camera"
 
 
+_FARTHEST_M = 50.0  # a part that seems farther away is measured in millimetres
+
 _CHOICES: dict[str, tuple[str, ...]] = {
     "aspect": ("pad", "squash", "crop"),
     "pad_rgb": ("zero", "edge"),
     "rgb_filter": ("bilinear", "bicubic"),
     "nearest": ("centre", "corner"),
     "geometry_at": ("prepared", "input"),
-    "background": ("keep", "plane", "corners"),
+    "background": ("keep", "plane", "corners", "four_corners"),
     "plane_candidates": ("border", "grid"),
-    "depth": ("z", "height"),
+    "depth": ("z", "height", "relative"),
     "depth_range": ("category", "image", "none"),
-    "depth_fill": ("rounds", "full", "none"),
+    "depth_fill": ("rounds", "full", "none", "early"),
     "normals": ("auto", "camera", "plane", "none"),
     "normals_method": ("surface", "sobel"),
 }
@@ -164,9 +198,26 @@ PREPARATIONS: dict[str, Preparation] = {
     "cloud": Preparation(background="plane"),
     "btf": _BTF,
     "cfm": replace(_BTF, pad_rgb="edge", remove_from=("xyz", "depth", "normals")),
+    "ast": Preparation(background="plane", depth_range="none"),
+    "ast_paper": Preparation(
+        size=768,
+        aspect="squash",
+        geometry_at="input",
+        background="four_corners",
+        plane_tolerance_mm=7.0,
+        remove_from=("depth",),
+        depth="relative",
+        depth_range="none",
+        depth_fill="early",
+        depth_fill_rounds=3,
+        depth_step=4,
+        normals="none",
+    ),
+    "mdss": replace(_BTF, size=256),
 }
 """Named preparations: ours, CRD's (also depth of RD, MMRD), ours with the background removed from the 3D views (for
-methods that see the cloud), BTF's (also M3DM's, CMDIAD's, Shape-Guided's), CFM's."""
+methods that see the cloud), BTF's (also M3DM's, CMDIAD's, Shape-Guided's), CFM's, `cloud` with heights in metres for
+AST, AST's own, and MDSS's."""
 
 
 def prepare(sample: Sample, preparation: Preparation) -> Sample:
@@ -178,15 +229,17 @@ def prepare(sample: Sample, preparation: Preparation) -> Sample:
 
     Returns:
         All images and masks size x size. ``rgb`` and extra modalities float32 in 0..1; ``xyz`` metres; ``depth``
-        (H, W) metres, along z or above the plane; ``normals`` unit vectors, 0 where invalid. `meta` gains ``frame`` (a
-        `Frame`), ``plane`` (a report: found, normal, offset_mm, tilt_deg, inlier_share, removed_share, rms_mm; None if
-        no plane was needed) and ``flags`` (see the module).
+        (H, W) metres, along z, above the plane or from the mean of the part; ``normals`` unit vectors, 0 where
+        invalid. `meta` gains ``frame`` (a `Frame`), ``plane`` (a report: found, normal, offset_mm, tilt_deg,
+        inlier_share, removed_share, rms_mm; None if no plane was needed) and ``flags`` (see the module).
 
     Raises:
-        DataError: images of different size, or a background to remove without a cloud.
+        DataError: images of different size, a background to remove without a cloud (AST's: without any depth), or z
+            that is not in metres where AST's steps measure it.
     """
     sample.check()
-    if preparation.background != "keep" and "xyz" not in sample.images:
+    cut_by_depth = preparation.background == "four_corners" and "depth" in sample.images
+    if preparation.background != "keep" and "xyz" not in sample.images and not cut_by_depth:
         raise DataError(
             f"sample '{sample.id}': removing the background ('{preparation.background}') needs 'xyz', but the part has "
             f"{', '.join(sample.images) or 'nothing'}: supply the cloud, or prepare with background='keep'"
@@ -237,12 +290,18 @@ def _resample(sample: Sample, frame: Frame, preparation: Preparation) -> Sample:
     images: dict[str, Array] = {}
     for name, image in sample.images.items():
         if name in MODALITIES and MODALITIES[name].geometric:
-            images[name] = frame.take_nearest(np.asarray(image, dtype=np.float32))
+            bilinear = name == "depth" and preparation.depth == "relative"
+            take = partial(_coarse, frame, preparation) if bilinear else frame.take_nearest
+            images[name] = take(np.asarray(image, dtype=np.float32))
         else:
             image = image if image.dtype == np.uint8 else _unit_range(image)  # Pillow filters 8 bits as the papers do
             edge = preparation.pad_rgb == "edge"
             images[name] = _unit_range(frame.take_filtered(image, preparation.rgb_filter, edge=edge))
-    foreground = frame.inside() if sample.foreground is None else frame.take_nearest(sample.foreground)
+    foreground = frame.inside()
+    if sample.foreground is not None and preparation.depth == "relative":
+        foreground = _coarse(frame, preparation, sample.foreground.astype(np.float32)) > 0
+    elif sample.foreground is not None:
+        foreground = frame.take_nearest(sample.foreground)
     return sample.with_(
         images=images,
         valid=frame.take_nearest(sample.valid),
@@ -250,6 +309,12 @@ def _resample(sample: Sample, frame: Frame, preparation: Preparation) -> Sample:
         mask=None if sample.mask is None else frame.take_nearest(sample.mask),
         meta={**sample.meta, "frame": frame},
     )
+
+
+def _coarse(frame: Frame, preparation: Preparation, image: Array) -> Array:
+    """An (H, W) image at size / depth_step, bilinear without antialias (AST), each pixel then a square of the grid."""
+    step = preparation.depth_step
+    return frame.take_bilinear(image, preparation.size // step).repeat(step, axis=0).repeat(step, axis=1)
 
 
 def _unit_range(image: Array) -> Array:
@@ -268,7 +333,10 @@ def _add_geometry(sample: Sample, preparation: Preparation) -> Sample:
     if geometric and not valid.any():
         flags.append("no_valid_points")
     plane = _find_plane(sample, preparation, flags)
-    foreground = _foreground(sample, preparation, plane, allowed, flags)
+    if geometric and preparation.depth == "relative":
+        images["depth"], foreground = _relative_depth(sample, preparation, allowed, flags)
+    else:
+        foreground = _foreground(sample, preparation, plane, allowed, flags)
     if geometric:
         images.update(_depth_image(sample, preparation, plane, flags))
         images.update(_normals_image(sample, preparation, plane, foreground))
@@ -330,12 +398,46 @@ def _foreground(
     return foreground
 
 
+def _relative_depth(sample: Sample, preparation: Preparation, allowed: Array, flags: list[str]) -> tuple[Array, Array]:
+    """AST's depth, z minus its mean on the part in metres and 0 off it, and the part, both (H, W).
+
+    Only z counts; what the early filling made up counts as measured.
+    """
+    z, known = _along_axis(sample), sample.valid
+    if z is None:
+        return np.zeros(sample.size, np.float32), allowed
+    if known.any() and (middle := float(np.median(z[known]))) > _FARTHEST_M:
+        raise DataError(
+            f"sample '{sample.id}': the median depth is {middle:g} m, so its unit is hardly metres; "
+            f"{preparation.plane_tolerance_mm:g} mm could not tell the part from its background: set the unit of the "
+            f"data (unit=mm), or prepare with depth='height'"
+        )
+    rounds = preparation.depth_fill_rounds if preparation.depth_fill == "early" else 0
+    z, known = fill_rounds(z, known, rounds, spare_first=True)
+    foreground = known & allowed
+    if preparation.background == "four_corners" and known.any():
+        surface, widened = corner_surface(z, known)
+        if widened:
+            flags.append("empty_corner")
+        foreground &= np.abs(surface - z) > preparation.plane_tolerance_mm / 1000
+    if not foreground.any():
+        flags.append("all_background")
+        return np.zeros(sample.size, np.float32), foreground
+    return np.where(foreground, z - z[foreground].mean(), 0).astype(np.float32), foreground
+
+
+def _along_axis(sample: Sample) -> Array | None:
+    """z of a part, (H, W) metres, from its depth image or else its cloud; None if it has neither."""
+    if "depth" in sample.images:
+        z = sample.images["depth"]
+        return z if z.ndim == 2 else z[..., 0]
+    return sample.images["xyz"][..., 2] if "xyz" in sample.images else None
+
+
 def _depth_image(sample: Sample, preparation: Preparation, plane: Plane | None, flags: list[str]) -> dict[str, Array]:
-    xyz, valid = sample.images.get("xyz"), sample.valid
-    if xyz is None and "depth" not in sample.images:
+    xyz, valid, z = sample.images.get("xyz"), sample.valid, _along_axis(sample)
+    if z is None or preparation.depth == "relative":
         return {}
-    z = sample.images["depth"] if "depth" in sample.images or xyz is None else xyz[..., 2]
-    z = z if z.ndim == 2 else z[..., 0]
     if preparation.depth == "z":
         depth = z
     elif plane is not None and xyz is not None:

@@ -19,7 +19,9 @@ DETECTORS: dict[str, str] = {
     "btf": "polyspect.detectors.btf:BTF",
     "m3dm": "polyspect.detectors.m3dm:M3DM",
     "cfm": "polyspect.detectors.cfm:CFM",
+    "ast": "polyspect.detectors.ast:AST",
     "cmdiad": "polyspect.detectors.cmdiad:CMDIAD",
+    "mdss": "polyspect.detectors.mdss:MDSS",
 }
 
 

@@ -135,7 +135,7 @@ class BTF(Detector):
         },
         "fast": {"bank_limit": 1_000},
     }
-    PREPARATION = {"paper": "btf"}
+    PREPARATION = {"": "cloud", "fast": "cloud", "paper": "btf"}
     frozen = ("backbone",)
     scale: Tensor  # s_v of Eq. 1, (features,)
     level: Tensor  # mean share of each modality in the distances of held-out cells, (modalities,) float64

@@ -33,11 +33,10 @@ from ..errors import WeightsError
 from ..geometry.interpolation import LinearMap
 from ..layers.feature_mapping import FeatureMapping, mapping_loss
 from ..layers.maps import gaussian_smooth
-from ..layers.rgb_points import build_extractor, measured_patches, point_pixels, rgb_pixels
+from ..layers.rgb_points import PAPER_EXTRACTOR, build_extractor, measured_patches, point_pixels, rgb_pixels
 from ..samples import Batch, Features, Prediction
-from ..weights.convert import read_file
 from ..weights.cross_modal import feature_mapping_state, feature_mapping_widths
-from ..weights.official import checkpoint_source
+from ..weights.official import checkpoint_source, read_network
 from .contract import Detector, Stage, require, require_grid, seeded
 from .recipe import check_recipe, train
 
@@ -116,9 +115,7 @@ class CFM(Detector):
     Config = CFMConfig
     PRESETS = {
         "paper": {
-            "backbone": "vit_base_patch8_224.dino",
-            "reductions": (8,),
-            "point_backbone": "point_mae",
+            **PAPER_EXTRACTOR,
             "blocks_kept": 12,
             "pixels_per_part": None,
         },
@@ -274,7 +271,7 @@ class CFM(Detector):
             widths[name] = network.input.in_features, network.output.out_features
         loaded: dict[str, str] = {}
         for file in files:
-            content, origin = read_file(file), f"checkpoint '{file}'"
+            content, origin = read_network(file, "cfm"), f"checkpoint '{file}'"
             found = feature_mapping_widths(content, origin)
             fitting = [name for name in widths if widths[name] == found]
             if not fitting:

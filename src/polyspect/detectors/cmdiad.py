@@ -29,17 +29,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..backbones.point_transformer import Statistics
 from ..backbones.point_weights import load_point_transformer
 from ..backbones.points import DEFAULT_POINT_BACKBONE, patch_features
 from ..layers.decision import DecisionLayer
-from ..layers.distances import Metric, distances_to, nearest_rows
+from ..layers.distances import Metric, MetricBank
 from ..layers.hallucination import (
     ConvHallucination,
     FeaturesFromImage,
@@ -50,12 +49,13 @@ from ..layers.hallucination import (
     PatchImageHallucination,
     hallucination_loss,
 )
-from ..layers.maps import MapMoments, top_mean
-from ..layers.memory import MemoryBank, Reweighting, reweight
-from ..layers.rgb_points import build_extractor, measured_patches, point_patches, rgb_patches
-from ..layers.smoothing import Blur, smooth
+from ..layers.joined_banks import PAPER, Banks, Decisions, ImageScore, Patches
+from ..layers.maps import MapMoments
+from ..layers.memory import Reweighting
+from ..layers.rgb_points import PAPER_EXTRACTOR, build_extractor, measured_patches, point_patches, rgb_patches
+from ..layers.smoothing import Blur
 from ..samples import Batch, Features, Prediction
-from ..weights.convert import State, read_file
+from ..weights.convert import State
 from ..weights.cross_modal import (
     conv_hallucination_state,
     features_from_image_state,
@@ -63,7 +63,7 @@ from ..weights.cross_modal import (
     patch_hallucination_state,
     patch_image_hallucination_state,
 )
-from ..weights.official import checkpoint_source
+from ..weights.official import checkpoint_source, read_network
 from .contract import Detector, Observe, Optimise, Stage, evaluating, require, require_grid, seeded
 
 _require = partial(require, "CMDIAD")
@@ -128,7 +128,7 @@ class CMDIADConfig:
     lambda_xyz: float = 1.0  # factor of a bank's values before the SVMs, alpha and beta; counts about squared
     lambda_rgb: float = 0.1
     lambda_hallucinated: float = 1.0  # of the hallucinated bank, whichever modality it stands for
-    image_score: Literal["reweighted", "top_mean", "max_map"] = "top_mean"  # Eq. 8, or of the map
+    image_score: ImageScore = "top_mean"  # Eq. 8, or of the map
     top_share: float = 0.01  # top_mean: share of the map's pixels, the largest ones, whose mean is the image score
     seed: int = 0  # of the network's first weights, projections and samples; of random backbones
 
@@ -191,13 +191,6 @@ class CMDIADConfig:
         return float(self.lambda_hallucinated if hallucinated else getattr(self, f"lambda_{name}"))
 
 
-class Patches(NamedTuple):
-    """The patches of a batch that one bank looks at."""
-
-    values: Tensor  # (B, h, w, C)
-    counts: Tensor  # (B, h, w) bool; other patches are average
-
-
 class CMDIAD(Detector):
     """Score patches of the main modality, and of what the other one is expected to show, by two memory banks.
 
@@ -208,27 +201,19 @@ class CMDIAD(Detector):
     Config = CMDIADConfig
     PRESETS = {
         "paper": {
-            "backbone": "vit_base_patch8_224.dino",
-            "reductions": (8,),
-            "point_backbone": "point_mae",
+            **PAPER_EXTRACTOR,
+            **PAPER,
             "patches": None,
             "batch_size": 32,
-            "bank_limit": None,
-            "image_score": "reweighted",
-            "max_gib": 16.0,
         },
         "released": {
-            "backbone": "vit_base_patch8_224.dino",
-            "reductions": (8,),
-            "point_backbone": "point_mae",
+            **PAPER_EXTRACTOR,
+            **PAPER,
             "released_sampling": True,
             "mask_invalid": False,
             "patches": None,
             "batch_size": 32,
             "bank_stats": "released",
-            "bank_limit": None,
-            "image_score": "reweighted",
-            "max_gib": 16.0,
             "reweight_distance": "l2",
             "blur": "pil",
             "decision": "sgd",
@@ -263,14 +248,13 @@ class CMDIAD(Detector):
                 self.network = hallucination_network(c, self.extractor.channels)
             if c.checkpoint is not None and pretrained:
                 path = Path(c.checkpoint).expanduser()
-                self.network.load_state_dict(published_state(c, read_file(path), self.network, str(path)))
+                content = read_network(path, "cmdiad")
+                self.network.load_state_dict(published_state(c, content, self.network, str(path)))
                 self.sources["network"] = checkpoint_source(path)
-        self.banks = nn.ModuleDict({name: self._bank(name) for name in c.names})
-        self.decisions = nn.ModuleDict()  # one for the image score, one for the map; none for a single bank
-        if len(c.names) > 1:
-            size = int(c.max_gib * 2**30)
-            for kind in ("score", "map"):
-                self.decisions[kind] = DecisionLayer(len(c.names), nu=c.nu, solver=c.decision, max_bytes=size)
+        self.banks = Banks({name: self._bank(name) for name in c.names})
+        layer = partial(DecisionLayer, nu=c.nu, solver=c.decision, max_bytes=int(c.max_gib * 2**30))
+        factors: dict[str, float] = {name: c.factor(name) for name in c.names}
+        self.decisions = Decisions(factors, layer if len(c.names) > 1 else None)
         self.register_buffer("best", torch.empty(0))
         self.register_buffer("best_loss", torch.tensor(math.inf, dtype=torch.float64))
         self.register_buffer("parts", torch.zeros((), dtype=torch.int64))
@@ -331,23 +315,15 @@ class CMDIAD(Detector):
             stages += self._training()
         real = {name: MapMoments() for name in c.names}  # entries of the real features, for released statistics
         stages.append(Observe(name="banks", update=partial(self._see_parts, real), finish=partial(self._build, real)))
-        stages.append(Observe(name="levels", update=self._see_levels, finish=self._set_levels, split="validation"))
+        see, finish = self._see_levels, self.banks.set_levels
+        stages.append(Observe(name="levels", update=see, finish=finish, split="validation"))
         if self.decisions:
-            stages.append(Observe(name="decision", update=self._see_values, finish=self._decide))
+            stages.append(Observe(name="decision", update=self._see_values, finish=self.decisions.fit))
         return stages
 
     def score(self, features: Features) -> Prediction:
         """Score and map of Eqs. 8-9; of a single bank its own."""
-        c = self.config
-        scores, maps = self.measure(features)
-        shares = self._weighed("map", maps)  # B H W F
-        fused = shares.sum(-1)
-        branches = {name: share.contiguous() for name, share in zip(c.names, shares.unbind(-1))}
-        if c.image_score == "reweighted":
-            score = self._weighed("score", scores).sum(-1)
-        else:
-            score = top_mean(fused, c.top_share if c.image_score == "top_mean" else 0.0)
-        return Prediction(score=score, map=fused, branch_maps=branches)
+        return self.decisions.judge(*self.measure(features), self.config.image_score, self.config.top_share)
 
     # -- hallucination -----------------------------------------------------------------------------------------------
 
@@ -507,10 +483,12 @@ class CMDIAD(Detector):
             found[name] = Patches(values, counts)
         return found
 
-    def _bank(self, name: str) -> MemoryBank:
+    def _bank(self, name: str) -> MetricBank:
         c = self.config
-        return MemoryBank(
+        return MetricBank(
             name,
+            c.distance,
+            c.distance if c.reweight_distance == "same" else "l2",
             ratio=c.coreset_ratio,
             limit=c.bank_limit,
             eps=c.coreset_eps,
@@ -519,12 +497,9 @@ class CMDIAD(Detector):
             normalise=c.bank_stats != "none",
         )
 
-    def _named_banks(self) -> list[tuple[str, MemoryBank]]:
-        return [(name, cast(MemoryBank, bank)) for name, bank in self.banks.items()]
-
     def _see_parts(self, real: Mapping[str, MapMoments], features: Features) -> None:
         patches = self.patches(features, filling=True)
-        for name, bank in self._named_banks():
+        for name, bank in self.banks.named():
             bank.add(patches[name].values[patches[name].counts])
         if self.config.bank_stats == "released":
             for name, moments in real.items():
@@ -538,71 +513,20 @@ class CMDIAD(Detector):
         shared = None
         if self.config.bank_stats == "released":
             shared = float(real["xyz"].take()[1][0]), float(real["rgb"].take()[2][0])
-        for _, bank in self._named_banks():
+        for _, bank in self.banks.named():
             bank.build(statistics=shared)
 
     def _see_levels(self, features: Features) -> None:
-        patches = self.patches(features)
-        for name, bank in self._named_banks():
-            rows = patches[name].values[patches[name].counts]
-            if len(rows):
-                bank.observe(self._nearest(bank, rows)[0])
-
-    def _set_levels(self) -> None:
-        for _, bank in self._named_banks():
-            bank.set_level()
+        self.banks.observe_levels(self.patches(features))
 
     # -- scores ------------------------------------------------------------------------------------------------------
 
     def measure(self, features: Features) -> tuple[Tensor, Tensor]:
-        """Scores (B, F) and smoothed maps (B, H, W, F) of the F banks, each in the unit of its own distances."""
-        c, patches, size = self.config, self.patches(features), _size(features)
-        scores, maps = [], []
-        for name, bank in self._named_banks():
-            own = patches[name]
-            distances = bank.mean.to(own.values).expand(own.counts.shape).clone()  # where nothing counts: average
-            matches = torch.zeros_like(own.counts, dtype=torch.int64)
-            distances[own.counts], matches[own.counts] = self._nearest(bank, own.values[own.counts])  # Eq. 11
-            large = F.interpolate(distances[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
-            maps.append(smooth(large, c.blur, c.blur_sigma))
-            scores.append(self._worst(bank, own, distances, matches))
-        return torch.stack(scores, dim=-1), torch.stack(maps, dim=-1)
-
-    def _nearest(self, bank: MemoryBank, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Distances (n,) of patches (n, C) to the nearest of the bank, and its row."""
-        if self.config.distance == "l2":
-            return bank.distance(rows)
-        distances, indices = nearest_rows(_normalised(bank, rows), bank.vectors, 1, self.config.distance)
-        return distances[:, 0], indices[:, 0]
-
-    def _worst(self, bank: MemoryBank, own: Patches, distances: Tensor, matches: Tensor) -> Tensor:
-        """w d of each part's worst patch, (B,); of parts in which none counts the bank's level."""
-        c = self.config
-        place = torch.where(own.counts, distances, -1.0).flatten(1).argmax(1)  # B, Eq. 12
-        row = torch.arange(len(place), device=place.device)
-        worst = distances.flatten(1)[row, place]
-        if c.reweight == "none":
-            return worst  # Eq. 10
-        metric: Metric = "l2" if c.reweight_distance == "l2" else c.distance
-        patch, match = own.values.flatten(1, 2)[row, place], matches.flatten(1)[row, place]
-        if metric == "l2":
-            around = bank.around(patch, match, c.reweight_k)
-        else:
-            count = min(c.reweight_k, len(bank.vectors))
-            beside = nearest_rows(bank.vectors[match], bank.vectors, count, metric)[1]  # B k
-            around = distances_to(_normalised(bank, patch), bank.vectors[beside], metric)
-        weight = reweight(worst, around, patch.shape[1], c.reweight)
-        return torch.where(own.counts.flatten(1).any(1), weight * worst, worst)
-
-    def _weighed(self, kind: str, values: Tensor) -> Tensor:
-        """The summands of a fused score or map (..., F)."""
-        if not self.decisions:
-            return values
-        layer = cast(DecisionLayer, self.decisions[kind])
-        return self._factors(values) * values * layer.weight.to(values)  # Eqs. 8-9
-
-    def _factors(self, like: Tensor) -> Tensor:
-        return like.new_tensor([self.config.factor(name) for name in self.config.names])
+        """Eqs. 10-12: scores (B, F) and smoothed maps (B, H, W, F), each bank's in the unit of its own distances."""
+        c, patches = self.config, self.patches(features)
+        return self.banks.measure(
+            patches, _size(features), blur=c.blur, sigma=c.blur_sigma, form=c.reweight, n=c.reweight_k
+        )
 
     def _see_values(self, features: Features) -> None:
         """Rows of the decision layers: of training parts and pixels that have points, where that is asked for."""
@@ -611,12 +535,7 @@ class CMDIAD(Detector):
         if self.config.mask_invalid:
             pixels = (features["xyz.share"].sum(-1) > 0).view_as(pixels)
         parts = pixels.flatten(1).any(1)
-        for kind, rows in (("score", scores[parts]), ("map", maps[pixels])):
-            cast(DecisionLayer, self.decisions[kind]).observe(self._factors(rows) * rows)
-
-    def _decide(self) -> None:
-        for layer in self.decisions.values():
-            cast(DecisionLayer, layer).fit()
+        self.decisions.observe(scores[parts], maps[pixels])
 
 
 def hallucination_network(config: CMDIADConfig, channels: Mapping[str, int]) -> nn.Module:
@@ -676,10 +595,6 @@ def _region(batch: Batch) -> Tensor:
     """The pixels (B, H, W) whose points are used: those of the part, or all measured ones where it is empty."""
     part = batch.valid & batch.foreground
     return torch.where(part.flatten(1).any(1)[:, None, None], part, batch.valid)
-
-
-def _normalised(bank: MemoryBank, patches: Tensor) -> Tensor:
-    return (patches - bank.feature_mean.to(patches)) / bank.feature_std.to(patches)
 
 
 def _size(features: Features) -> tuple[int, int]:

@@ -28,7 +28,6 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..backbones.point_transformer import Statistics
@@ -36,15 +35,13 @@ from ..backbones.points import DEFAULT_POINT_BACKBONE
 from ..errors import ShapeError
 from ..layers.decision import DecisionLayer
 from ..layers.feature_fusion import FeatureFusion
-from ..layers.maps import top_mean
+from ..layers.joined_banks import PAPER, Banks, Decisions, ImageScore, Patches
 from ..layers.memory import MemoryBank, Reweighting
-from ..layers.patches import match_patches, worst_patch
-from ..layers.rgb_points import build_extractor, measured_patches, point_patches, rgb_patches
-from ..layers.smoothing import Blur, smooth
+from ..layers.rgb_points import PAPER_EXTRACTOR, build_extractor, measured_patches, point_patches, rgb_patches
+from ..layers.smoothing import Blur
 from ..samples import Batch, Features, Prediction
-from ..weights.convert import read_file
 from ..weights.cross_modal import feature_fusion_state
-from ..weights.official import checkpoint_source
+from ..weights.official import checkpoint_source, read_network
 from .contract import Detector, Observe, Optimise, Stage, require, seeded
 
 _require = partial(require, "M3DM")
@@ -108,7 +105,7 @@ class M3DMConfig:
     lambda_xyz: float = 1.0  # factor of a bank's values before the SVMs; counts about squared
     lambda_rgb: float = 0.1
     lambda_fused: float = 1.0
-    image_score: Literal["reweighted", "top_mean", "max_map"] = "top_mean"  # Eq. 4, or of the map
+    image_score: ImageScore = "top_mean"  # Eq. 4, or of the map
     top_share: float = 0.01  # top_mean: share of the map's pixels, the largest ones, whose mean is the image score
     seed: int = 0  # of UFF's first weights, projections and samples; of random backbones
 
@@ -159,17 +156,6 @@ class M3DMConfig:
         return self.fusion == "dlf" and len(self.banks) > 1
 
 
-@dataclass(frozen=True, eq=False)
-class Patches:
-    """The patches of a batch that one bank looks at."""
-
-    values: Tensor  # (B, h, w, C); of whole groups (B, 1, G, C)
-    counts: Tensor  # (B, h, w) bool; other patches are average
-    alike: Tensor | None = None  # (B, h, w) int64; patches of one number have the same values. None: not known
-    near: Tensor | None = None  # whole groups: (B, H*W, k), which a pixel listens to
-    share: Tensor | None = None  # and how much: (B, H*W, k)
-
-
 class M3DM(Detector):
     """Score patches by their distance to those of good parts in up to three banks, and weigh the banks.
 
@@ -179,19 +165,14 @@ class M3DM(Detector):
     Config = M3DMConfig
     PRESETS = {
         "paper": {
-            "backbone": "vit_base_patch8_224.dino",
-            "reductions": (8,),
-            "point_backbone": "point_mae",
+            **PAPER_EXTRACTOR,
+            **PAPER,
             "mask_invalid": False,
             "uff_patches": None,
-            "bank_limit": None,
-            "image_score": "reweighted",
-            "max_gib": 16.0,
         },
         "released": {
-            "backbone": "vit_base_patch8_224.dino",
-            "reductions": (8,),
-            "point_backbone": "point_mae",
+            **PAPER_EXTRACTOR,
+            **PAPER,
             "mask_invalid": False,
             "uff_steps": RELEASED_UPDATES,
             "uff_warmup": 10,
@@ -202,10 +183,7 @@ class M3DM(Detector):
             "uff_pairs": "released",
             "bank_stats": "released",
             "coreset_sizes": "released",
-            "bank_limit": None,
-            "image_score": "reweighted",
             "remove_zero_rows": True,
-            "max_gib": 16.0,
             "blur": "pil",
             "dlf_solver": "sgd",
         },
@@ -236,14 +214,12 @@ class M3DM(Detector):
                 self.uff = FeatureFusion(widths["xyz"], widths["rgb"])
             if c.uff_checkpoint is not None and pretrained:
                 path = Path(c.uff_checkpoint).expanduser()
-                self.uff.load_state_dict(feature_fusion_state(read_file(path), self.uff, str(path)))
+                self.uff.load_state_dict(feature_fusion_state(read_network(path, "m3dm"), self.uff, str(path)))
                 self.sources["uff"] = checkpoint_source(path)
-        self.banks = nn.ModuleDict({name: self._bank(name) for name in c.banks})
-        self.decisions = nn.ModuleDict()  # one for the image score, one for the map
-        if c.decides:
-            size = int(c.max_gib * 2**30)
-            for kind in ("score", "map"):
-                self.decisions[kind] = DecisionLayer(len(c.banks), nu=c.nu, solver=c.dlf_solver, max_bytes=size)
+        self.banks = Banks({name: self._bank(name) for name in c.banks})
+        layer = partial(DecisionLayer, nu=c.nu, solver=c.dlf_solver, max_bytes=int(c.max_gib * 2**30))
+        factors: dict[str, float] = {name: getattr(c, f"lambda_{name}") for name in c.banks}
+        self.decisions = Decisions(factors, layer if c.decides else None)
         self._parts_seen = 0
 
     def extract(self, batch: Batch) -> Features:
@@ -277,7 +253,7 @@ class M3DM(Detector):
             see, finish = self._see_levels, self._set_levels
             stages.append(Observe(name="levels", update=see, finish=finish, split="validation"))
         if c.decides:
-            stages.append(Observe(name="decision", update=self._see_values, finish=self._decide))
+            stages.append(Observe(name="decision", update=self._see_values, finish=self.decisions.fit))
         return stages
 
     def score(self, features: Features) -> Prediction:
@@ -286,7 +262,7 @@ class M3DM(Detector):
 
     def named_banks(self) -> list[tuple[str, MemoryBank]]:
         """The banks by name, in the order of the setting."""
-        return [(name, cast(MemoryBank, bank)) for name, bank in self.banks.items()]
+        return self.banks.named()
 
     # -- feature fusion ----------------------------------------------------------------------------------------------
 
@@ -426,64 +402,30 @@ class M3DM(Detector):
             banks["xyz"].vectors = torch.cat([kept, rows.new_zeros(1, rows.shape[1])])
 
     def _see_levels(self, features: Features) -> None:
-        patches = self.patches(features)
-        for name, bank in self.named_banks():
-            rows = patches[name].values[patches[name].counts]
-            if name != "rgb" and len(rows):
-                bank.observe(bank.distance(rows)[0])
+        self.banks.observe_levels(self.patches(features), but=("rgb",))
 
     def _set_levels(self) -> None:
-        for name, bank in self.named_banks():
-            if name != "rgb":
-                bank.set_level()
+        self.banks.set_levels(but=("rgb",))
 
     # -- scores ------------------------------------------------------------------------------------------------------
 
     def judge(self, patches: Mapping[str, Patches], size: tuple[int, int]) -> Prediction:
-        """Score and map (H, W) = `size` of parts from the patches that the banks look at."""
-        scores, maps = self.measure(patches, size)
-        shares = self._weighed("map", maps)  # B H W F
-        fused = shares.sum(-1)
-        branches = {name: share.contiguous() for name, share in zip(self.config.banks, shares.unbind(-1))}
-        if self.config.image_score == "reweighted":
-            score = self._weighed("score", scores).sum(-1)
-        else:
-            score = top_mean(fused, self.config.top_share if self.config.image_score == "top_mean" else 0.0)
-        return Prediction(score=score, map=fused, branch_maps=branches)
+        """Score and map (H, W) = `size` of parts from the patches that the banks look at: Eqs. 4-5."""
+        return self.decisions.judge(*self.measure(patches, size), self.config.image_score, self.config.top_share)
 
     def measure(self, patches: Mapping[str, Patches], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """Scores (B, F) and smoothed maps (B, H, W, F) of the F banks, each in the unit of its own distances."""
+        """Eqs. 6-8: scores (B, F) and smoothed maps (B, H, W, F), each bank's in the unit of its own distances."""
         c = self.config
-        scores, maps = [], []
-        for name, bank in self.named_banks():
-            own = patches[name]
-            distances, matches = _match(bank, own)
-            maps.append(smooth(_enlarge(own, distances, size), c.blur, c.blur_sigma))
-            scores.append(
-                worst_patch(
-                    bank,
-                    own.values,
-                    distances,
-                    matches,
-                    own.counts,
-                    form=c.reweight,
-                    scaled=True,
-                    n=c.reweight_k,
-                    guard=c.reweight_guard,
-                    divisor=c.reweight_divisor,
-                )
-            )
-        return torch.stack(scores, dim=-1), torch.stack(maps, dim=-1)
-
-    def _weighed(self, kind: str, values: Tensor) -> Tensor:
-        """The summands of a fused score or map (..., F)."""
-        if not self.config.decides:
-            return values
-        layer = cast(DecisionLayer, self.decisions[kind])
-        return layer.shares(self._factors(values) * values)  # Eqs. 4-5
-
-    def _factors(self, like: Tensor) -> Tensor:
-        return like.new_tensor([getattr(self.config, f"lambda_{name}") for name in self.config.banks])
+        return self.banks.measure(
+            patches,
+            size,
+            blur=c.blur,
+            sigma=c.blur_sigma,
+            form=c.reweight,
+            n=c.reweight_k,
+            guard=c.reweight_guard,
+            divisor=c.reweight_divisor,
+        )
 
     def _see_values(self, features: Features) -> None:
         """Rows of the decision layers: of parts and pixels that every bank can judge."""
@@ -494,16 +436,7 @@ class M3DM(Detector):
         pixels = torch.ones_like(features["valid"])
         if self.config.mask_invalid and "xyz" in self.modalities:
             pixels = (features["xyz.share"].sum(-1) > 0).view_as(pixels)
-        self.observe_values(scores[parts], maps[pixels])
-
-    def observe_values(self, scores: Tensor, pixels: Tensor) -> None:
-        """Give the decision layers scores (n, F) of training parts and map values (m, F) of their pixels."""
-        for kind, rows in (("score", scores), ("map", pixels)):
-            cast(DecisionLayer, self.decisions[kind]).observe(self._factors(rows) * rows)
-
-    def _decide(self) -> None:
-        for layer in self.decisions.values():
-            cast(DecisionLayer, layer).fit()
+        self.decisions.observe(scores[parts], maps[pixels])
 
 
 def released_pairs(tokens: Tensor, grid: Grid) -> Tensor:
@@ -561,23 +494,3 @@ def _tokens(features: Features) -> Grid:
 def _repeats(tokens: Grid, grid: Grid) -> bool:
     """Whether every token is repeated over whole patches of `grid`."""
     return grid[0] % tokens[0] == 0 and grid[1] % tokens[1] == 0
-
-
-def _match(bank: MemoryBank, patches: Patches) -> tuple[Tensor, Tensor]:
-    """`match_patches`, of patches that are alike only once."""
-    if patches.alike is None:
-        return match_patches(bank, patches.values, patches.counts)
-    distinct, number = patches.alike.flatten().unique(return_inverse=True)
-    place = torch.arange(len(number), device=number.device)
-    first = torch.full_like(distinct, len(number)).scatter_reduce(0, number, place, "amin")
-    distances, matches = bank.distance(patches.values.flatten(0, 2)[first])
-    return distances[number].view_as(patches.alike), matches[number].view_as(patches.alike)
-
-
-def _enlarge(patches: Patches, distances: Tensor, size: tuple[int, int]) -> Tensor:
-    """Distances (B, h, w) at the pixels, (B, H, W); those of whole groups are interpolated as features are."""
-    if patches.near is None or patches.share is None:
-        return F.interpolate(distances[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
-    B, pixels, k = patches.near.shape
-    heard = distances.flatten(1).gather(1, patches.near.flatten(1)).view(B, pixels, k)
-    return (heard * patches.share).sum(-1).unflatten(1, size)

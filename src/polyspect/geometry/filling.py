@@ -1,4 +1,4 @@
-"""Filling the holes of depth images: CRD's growing 3x3 means, or the nearest measured pixel for all at once."""
+"""Filling the holes of depth images: growing 3x3 means (CRD, AST), or the nearest measured pixel for all at once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from ..samples import Array, check_shapes
 
 
-def fill_rounds(image: Array, known: Array, rounds: int) -> tuple[Array, Array]:
+def fill_rounds(image: Array, known: Array, rounds: int, *, spare_first: bool = False) -> tuple[Array, Array]:
     """Fill unknown pixels from outside in: each becomes the mean of the known pixels of its 3x3 window; repeat.
 
     The hole filling of CRD (official code), where "known" is "not 0"; it also grows a part by `rounds` pixels into a
@@ -18,6 +18,7 @@ def fill_rounds(image: Array, known: Array, rounds: int) -> tuple[Array, Array]:
         image: (H, W) float.
         known: (H, W) bool.
         rounds: How often, 0 or more.
+        spare_first: Never fill the first row and column, as AST's program does not.
 
     Returns:
         The image, float64, 0 where still unknown, and the mask of what is known now. The inputs are left alone.
@@ -31,6 +32,8 @@ def fill_rounds(image: Array, known: Array, rounds: int) -> tuple[Array, Array]:
         total = _sum_3x3(filled)
         count = _sum_3x3(known.astype(np.float64))
         new = ~known & (count > 0.5)
+        if spare_first:
+            new[0] = new[:, 0] = False
         filled[new] = total[new] / count[new]
         known |= new
     return filled, known

@@ -181,7 +181,9 @@ def _simple_histograms(axes: Tensor, normal_axes: Tensor, rows: Tensor, index: T
     """S (n, 33) of the points `rows` (n,) with their neighbours `index` (n, k) where `found`."""
     bins = _pair_bins(axes, normal_axes, rows, index)  # 3 n k
     histogram = 3 * BINS * torch.arange(len(rows), device=index.device)[:, None]  # n 1
-    places = [(histogram + BINS * block + code)[found] for block, code in enumerate(bins)]
+    places = [(histogram + BINS * block + code).flatten() for block, code in enumerate(bins)]
+    if not bool(found.all()):  # as a rule every ball is full, and picking costs as much as counting
+        places = [place[found.flatten()] for place in places]
     counts = torch.bincount(torch.cat(places), minlength=3 * BINS * len(rows)).view(len(rows), 3 * BINS)
     return counts * (100 / found.sum(1, keepdim=True).clamp(min=1).double())
 

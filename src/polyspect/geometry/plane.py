@@ -6,7 +6,8 @@
 
 with t the tolerance. The second term knows that a part stands *on* its support: a plane with many points behind it
 (the lid of a box, rather than the table under it) loses. `corner_plane` is the three-corner plane of CRD (official
-code; the paper says only that the background is removed), kept with its weaknesses for reproductions.
+code; the paper says only that the background is removed), kept with its weaknesses for reproductions, and
+`corner_surface` the four-corner background of AST.
 
 Frames: camera, x right, y down, z forward; any unit, as long as the tolerance has the same.
 """
@@ -129,6 +130,37 @@ def corner_plane(xyz: Array, *, patch: int = 3) -> Plane | None:
     normal /= length
     measured = np.concatenate([points[points[..., 2] != 0] for points in corners])
     return _plane(normal, -float(normal @ bottom_left), measured, tolerance_m=0.005)
+
+
+def corner_surface(z: Array, known: Array, *, patch: int = 2) -> tuple[Array, int]:
+    """AST's background: the depths of the four corners, interpolated bilinearly; no plane if they do not lie in one.
+
+    The depth of a corner is the mean of what is known in its patch x patch pixels. A corner without any (its mean is
+    0 / 0 in the official code, and so is all that follows) takes the smallest larger square that has one.
+
+    Args:
+        z: (H, W) depth.
+        known: (H, W) bool, True where `z` means something; at least one.
+        patch: Side of a corner patch, pixels.
+
+    Returns:
+        The depth of the background, (H, W) float64, and how many corners had to be widened, 0..4.
+    """
+    check_shapes(z=(z, "H W"), known=(known, "H W"))
+    height, width = z.shape
+    depths, widened = np.zeros((2, 2)), 0
+    for row, column in np.ndindex(2, 2):
+        side, corner = patch, (slice(None), slice(None))
+        for side in range(patch, max(height, width) + 1):
+            rows = slice(-side, None) if row else slice(side)
+            corner = rows, slice(-side, None) if column else slice(side)
+            if known[corner].any():
+                break
+        depths[row, column] = z[corner][known[corner]].mean(dtype=np.float64)
+        widened += side > patch
+    across, down = np.linspace(0, 1, width), np.linspace(0, 1, height)[:, None]  # 0 and 1 at the corner pixels
+    top, bottom = (depths[row, 0] + (depths[row, 1] - depths[row, 0]) * across for row in (0, 1))
+    return top + (bottom - top) * down, widened
 
 
 def empty_corners(valid: Array, *, patch: int = 3) -> int:

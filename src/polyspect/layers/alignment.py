@@ -13,25 +13,26 @@ from ..errors import CalibrationError
 from .maps import widest
 
 
-def matching_line(source: Tensor, target: Tensor) -> Tensor:
-    """``[w, b]`` with which ``w * source + b`` has mean and population deviation of `target`; zeros count nowhere.
+def matching_line(source: Tensor, target: Tensor, *, zeros: bool = False) -> Tensor:
+    """``[w, b]`` with which ``w * source + b`` has mean and population deviation of `target`.
 
     Args:
         source: Values of any shape, of normal parts.
         target: The same, any other shape.
+        zeros: Whether zeros, where there is no part, count. They would make the statistics measure its size.
 
     Returns:
         (2,) in `widest` dtype.
 
     Raises:
-        CalibrationError: fewer than two values other than zero, or all of `source` equal.
+        CalibrationError: fewer than two values that count, or all of `source` equal.
     """
     moments = []
     for name, values in (("source", source), ("target", target)):
-        values = values[values != 0].to(widest(values.device))
+        values = (values.flatten() if zeros else values[values != 0]).to(widest(values.device))
         if values.numel() < 2:
             raise CalibrationError(
-                f"alignment of maps: `{name}` has {values.numel()} values other than zero, at least 2 are needed; give "
+                f"alignment of maps: `{name}` has {values.numel()} values that count, at least 2 are needed; give "
                 f"maps of normal parts on which something was measured"
             )
         moments.append((values.mean(), values.std(correction=0)))

@@ -7,15 +7,15 @@ CMDIAD (Information Fusion 2025), Appendix A.4, compares the three.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import ConfigError
+from ..errors import ConfigError, NotFittedError
 from ..samples import check_shapes
-from .memory import nearest
+from .memory import MemoryBank, nearest
 
 Metric = Literal["l2", "l1", "cos"]
 
@@ -57,3 +57,38 @@ def distances_to(queries: Tensor, rows: Tensor, metric: Metric = "l2") -> Tensor
     if metric == "cos":
         return (F.normalize(rows, dim=2) - F.normalize(queries, dim=1)[:, None]).square().sum(2) / 2
     return torch.linalg.vector_norm(rows - queries[:, None], ord=1 if metric == "l1" else 2, dim=2)
+
+
+class MetricBank(MemoryBank):
+    """A memory bank that measures by `metric`. Its coreset is chosen by the Euclidean distance all the same.
+
+    Args:
+        name: As of `MemoryBank`, like `settings`.
+        metric: Of `distance`.
+        around: Metric of `around`.
+    """
+
+    def __init__(self, name: str, metric: Metric, around: Metric, **settings: Any) -> None:
+        super().__init__(name, **settings)
+        self.metric, self.metric_around = metric, around
+
+    def distance(self, patches: Tensor) -> tuple[Tensor, Tensor]:
+        """As of every bank, by `metric`.
+
+        Raises:
+            NotFittedError: the bank was not built.
+        """
+        if self.metric == "l2":
+            return super().distance(patches)
+        if len(self.vectors) == 0:
+            raise NotFittedError(f"memory bank '{self.name}' is empty: fit the detector before scoring")
+        distances, indices = nearest_rows(self._normalised(patches), self.vectors, 1, self.metric)
+        return distances[:, 0], indices[:, 0]
+
+    def around(self, patches: Tensor, match: Tensor, n: int) -> Tensor:
+        """As of every bank, by the metric for it."""
+        if self.metric_around == "l2":
+            return super().around(patches, match, n)
+        count = min(n, len(self.vectors))
+        beside = nearest_rows(self.vectors[match], self.vectors, count, self.metric_around)[1]  # B n
+        return distances_to(self._normalised(patches), self.vectors[beside], self.metric_around)

@@ -174,6 +174,13 @@ class Flow(nn.Module):
             total = total + log_det
         return x, total
 
+    def origins(self) -> Tensor:
+        """The input channel that each channel of z is a scaled and shifted copy of, (channels,) int64."""
+        origins = torch.arange(self.channels, device=self.get_buffer("order0").device)
+        for index in range(len(self.blocks)):
+            origins = origins[self.get_buffer(f"order{index}")]
+        return origins
+
     def inverse(self, z: Tensor) -> Tensor:
         """The features that `forward` maps to z (B, channels, h, w).
 

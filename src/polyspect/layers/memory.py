@@ -27,7 +27,6 @@ __all__ = [
     "BankBytes",
     "FaissIndex",
     "MemoryBank",
-    "bank_score",
     "greedy_coreset",
     "nearest",
     "reweight",
@@ -236,38 +235,6 @@ def reweight(
     if guard > 0:
         exponents = torch.cat([exponents, math.log(guard) - worst[:, None] / divisor], dim=1)
     return 1 - torch.exp(-torch.logsumexp(exponents, dim=1))  # Eq. 2, without overflow
-
-
-def bank_score(
-    bank: MemoryBank,
-    patches: Tensor,
-    n: int = 3,
-    form: Literal["btf", "patchcore"] = "btf",
-    *,
-    scaled: bool = True,
-    guard: float = 0.0,
-    shrink: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """Image scores (B,) and patch distances (B, P) of parts' patches (B, P, D) by one bank, as M3DM scores them.
-
-    The score is w s*: the distance of the worst patch, weighted by Eq. 2.
-
-    Args:
-        n: Rows around the worst patch's match that w looks at, the match included.
-        form: As in `reweight`, like `scaled` and `guard`.
-        shrink: What distances are divided by in w and in the score. M3DM's two-bank class has 1000, so that w is 1/2.
-
-    Raises:
-        NotFittedError: the bank was not built.
-    """
-    check_shapes(patches=(patches, "B P D"))
-    B, P, D = patches.shape
-    distances, matches = (found.view(B, P) for found in bank.distance(patches.flatten(0, 1)))
-    worst, place = distances.max(1)
-    row = torch.arange(B, device=place.device)
-    around = bank.around(patches[row, place], matches[row, place], n)
-    weight = reweight(worst / shrink, around / shrink, D, form, scaled=scaled, guard=guard)
-    return weight * worst / shrink, distances
 
 
 class BankBytes(NamedTuple):

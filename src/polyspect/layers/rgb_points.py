@@ -17,12 +17,20 @@ from torch.nn import functional as F
 from ..backbones.image import ImageBackbone
 from ..backbones.point_transformer import Statistics
 from ..backbones.points import PointBackbone, patch_features
+from ..errors import ConfigError
 from ..geometry.interpolation import LinearMap, enlarge_at, pool_pixels_at
 from ..samples import Batch, Features
 from .patches import join_stages
 
 Grid = tuple[int, int]
 Resize = Literal["pool", "bilinear"]
+
+PAPER_EXTRACTOR: dict[str, Any] = {
+    "backbone": "vit_base_patch8_224.dino",
+    "reductions": (8,),
+    "point_backbone": "point_mae",
+}
+"""The extractors of the papers of M3DM, CMDIAD and CFM, as their settings name them."""
 
 
 class RGBPoints(nn.Module):
@@ -84,7 +92,12 @@ def image_backbone(
     """The image backbone of these methods; of a plain vision transformer the normed tokens, as they use DINO.
 
     `blocks`: how many of its first blocks are kept, see `ImageBackbone`.
+
+    Raises:
+        ConfigError: `blocks` of another network, whose blocks these methods do not count.
     """
+    if blocks is not None and not is_plain_vit(name):
+        raise ConfigError(f"`blocks` is for transformers on one grid (vit_...), '{name}' is none: leave it None")
     return ImageBackbone(
         name,
         reductions=reductions,

@@ -83,8 +83,9 @@ def sample_queries(
     narrow: float = 0.5,
     wide: float = 1.0,
     narrow_share: float = 0.65,
+    count: int | None = None,
 ) -> Queries:
-    """One noisy copy of each patch and its targets: q = p + a sigma_p N(0, I).
+    """One noisy copy of each patch, or of some of its points, and their targets: q = p + a sigma_p N(0, I).
 
     sigma_p is the distance of p to its `neighbour`-th neighbour in the patch; a is `narrow` for a patch with
     probability `narrow_share`, else `wide`. The released program stores 13 narrow and 7 wide copies of every patch and
@@ -93,18 +94,23 @@ def sample_queries(
     Args:
         patches: (P, N, 3), normalised or not.
         generator: On the CPU; the noise is the same on every device.
+        count: How many points of every patch are copied, drawn without repeats, the same rows in all; None: all N.
 
     Raises:
-        ConfigError: `neighbour` is not in 1..N-1.
+        ConfigError: `neighbour` is not in 1..N-1, or `count` not in 1..N.
     """
     P, N = (check_shapes(patches=(patches, "P N 3"))[letter] for letter in "PN")
     if not 1 <= neighbour < N:
         raise ConfigError(f"`neighbour` must be in 1..{N - 1} for patches of {N} points, got {neighbour}")
-    among = torch.cdist(patches, patches, compute_mode="donot_use_mm_for_euclid_dist")  # P N N
+    if count is not None and not 1 <= count <= N:
+        raise ConfigError(f"`count` must be in 1..{N} for patches of {N} points, got {count}")
+    copied = patches if count is None else patches[:, torch.randperm(N, generator=generator)[:count].to(patches.device)]
+    n = copied.shape[1]
+    among = torch.cdist(copied, patches, compute_mode="donot_use_mm_for_euclid_dist")  # P n N
     sigma = among.kthvalue(neighbour + 1, dim=2).values  # a point finds itself first
     is_narrow = torch.rand(P, 1, 1, generator=generator) < narrow_share
     spread = torch.where(is_narrow, narrow, wide).to(patches) * sigma[..., None]
-    points = patches + spread * torch.randn(P, N, 3, generator=generator).to(patches)
+    points = copied + spread * torch.randn(P, n, 3, generator=generator).to(patches)
     nearest = torch.cdist(points, patches, compute_mode="donot_use_mm_for_euclid_dist").argmin(2)
     return Queries(points, patches.gather(1, nearest[..., None].expand(-1, -1, 3)))
 
@@ -118,11 +124,15 @@ class PatchEncoder(nn.Module):
     Batch norm and ReLU follow every layer, so codes are not negative. In train mode the norms need two patches.
     In eval mode the norms are folded into the layers, once per call, and the maximum comes before bias and ReLU, which
     commute with it; `plain` is the network as written.
+
+    Args:
+        code: Numbers of a code.
+        pooled: Channels of the maximum; the layer behind it has half as many.
     """
 
-    def __init__(self, code: int = 128) -> None:
+    def __init__(self, code: int = 128, pooled: int = 1024) -> None:
         super().__init__()
-        widths = ((3, 64), (64, 128), (128, 1024), (1024, 512), (512, code))
+        widths = ((3, 64), (64, 128), (128, pooled), (pooled, pooled // 2), (pooled // 2, code))
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in widths)
         self.norms = nn.ModuleList(nn.BatchNorm1d(b) for _, b in widths)
 
@@ -247,9 +257,9 @@ class DistanceField(nn.Module):
 class SignedDistance(nn.Module):
     """Encoder and field together, 3,170,433 parameters."""
 
-    def __init__(self, code: int = 128, width: int = 512, depth: int = 7) -> None:
+    def __init__(self, code: int = 128, width: int = 512, depth: int = 7, pooled: int = 1024) -> None:
         super().__init__()
-        self.encoder = PatchEncoder(code)
+        self.encoder = PatchEncoder(code, pooled)
         self.field = DistanceField(code, width, depth)
 
     def forward(self, patches: Tensor, points: Tensor | None = None) -> Tensor:
@@ -330,7 +340,7 @@ def _fold(layer: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:
 
 
 def _pooled(patches: Tensor, folded: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """The pointwise layers and the maximum: patches (P, N, 3) to (P, 1024)."""
+    """The pointwise layers and the maximum: patches (P, N, 3) to (P, pooled)."""
     x = patches
     for weight, bias in folded[:-1]:
         x = F.relu(F.linear(x, weight, bias))

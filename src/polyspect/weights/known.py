@@ -125,7 +125,7 @@ KNOWN: dict[str, KnownWeights] = {
     ),
     "point_mae_small": KnownWeights(
         kind="points",
-        files={"point_mae_small.safetensors": "8b2b4a9dcdf86a7bde1fdf982f50d8f0fb185db68129d7677f904b685d3de5d1"},
+        files={"point_mae_small.safetensors": "2d8f9acdb911747324b603a3c7dc62dc983a85d0697b9d7ecc9c43f95be42aec"},
         shipped="point_mae_small.safetensors",
         licence="Apache-2.0 (polyspect)",
         note="Point-MAE pre-trained by us on made-up shapes, the offline default for points",
@@ -135,6 +135,12 @@ KNOWN: dict[str, KnownWeights] = {
         files={"pointmae_pretrain.pth": POINT_MAE_SHA256, "pretrain.pth": POINT_MAE_SHA256},
         licence="see github.com/Pang-Yatian/Point-MAE; trained on ShapeNet-55, which has terms of its own",
         note="Point-MAE as released, the point extractor of M3DM, CMDIAD and CFM",
+    ),
+    "point_bert": KnownWeights(
+        kind="points",
+        files={"point_bert.pth": ""},
+        licence="as its publishers state it",
+        note="Point-BERT as released, the other point extractor of CMDIAD's Table 4",
     ),
     "pdn_small": KnownWeights(
         kind="patches",

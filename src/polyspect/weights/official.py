@@ -1,31 +1,43 @@
-"""Published checkpoints of the distillation methods, brought to the tensor names of our detectors.
+"""Published checkpoints, brought to the tensor names of our detectors.
 
-    format        what the file holds                                          for detector
-    crd           {"student_rgb": ..., "student_depth" or "student_normals"}   crd
-    rd4ad         {"bn": ..., "decoder": ...}                                  reverse_distillation
-    anomalib-rd   a Lightning checkpoint: model.bottleneck.*, model.decoder.*  reverse_distillation
-    stfpm         {"category": ..., "state_dict": model.0.* to model.7.*}      forward_distillation
+    format           what the file holds                                          for detector
+    crd              {"student_rgb": ..., "student_depth" or "student_normals"}   crd
+    rd4ad            {"bn": ..., "decoder": ...}                                  reverse_distillation
+    anomalib-rd      a Lightning checkpoint: model.bottleneck.*, model.decoder.*  reverse_distillation
+    stfpm            {"category": ..., "state_dict": model.0.* to model.7.*}      forward_distillation
+    m3dm-uff         {"model": xyz_norm.*, xyz_mlp.*, xyz_head.*, rgb_...}        m3dm
+    cmdiad-f2f       {"model": xyz_norm.*, xyz_mlp.mlp_module.*, rgb_...}         cmdiad, as the next four
+    cmdiad-f2f-conv  {"model": xyz_conv.*, rgb_conv.*}
+    cmdiad-f2i       {"model": conv1.* to conv4.*, norm.*}
+    cmdiad-f2i-mlp   {"model": rgb_norm.*, mlp.*}
+    cmdiad-i2f       {"model": conv1.*, layer1.*, ..., final_layer.*}
+    cfm              input.*, projection.* or projection_a.* to _e.*, output.*    cfm, two files
+    point-mae        {"base_model": MAE_encoder.*, MAE_decoder.*, ...}            m3dm, cmdiad, cfm: point weights
+    ast-teacher      module_list.{3,5,7,9}.{s1,s2}.*, from 2 without encoding     ast, two files
+    ast-student      conv1.*, res.*, conv2.*, gamma                               ast
 
 Nested dicts, or the same names joined by dots in one flat dict (as safetensors holds them). Nothing is computed:
 tensors are renamed, and counters of batch norm that a file lacks are set to 0. Every tensor of a file is either renamed
 or dropped by a rule that is written here and reported; any other one is an error, and so is one that is missing.
 
-No published file holds its teacher (Lightning's does, and it is dropped): students are of use only behind the very
-teacher, and the input preparation, that they were trained with.
+No published file holds its frozen network (Lightning's does, and it is dropped): students are of use only behind the
+very network, and the input preparation, that they were trained with.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import WeightsError, nearest_names
-from .convert import State, named_tensors, read_file
-from .renaming import covers, listed
+from . import cross_modal, patch_networks, point_mae
+from .convert import State, named_tensors, read_file, read_metadata
+from .renaming import Tensors, covers, listed
 from .resolve import verified
 
 if TYPE_CHECKING:
@@ -59,9 +71,14 @@ MEMORY = "left over from an early version of the published code, which drops it 
 TEACHER = "the teacher; detectors load theirs by name"
 THRESHOLDS = "thresholds and score ranges of the program that wrote the file; ours are measured anew"
 STAGE_4 = "the published method compares stages 1 to 3 only"
+NO_USE = "the published network has it and never uses it"
+PRETRAINING = "reconstructs hidden groups, which only pre-training does"
+COUNTER = "counts the updates of a norm, which are over"
 BESIDE = "beside the state dict: a record of the training, no weights"
 
 _NORM = ("weight", "bias", "running_mean", "running_var")
+_COUNTER = "num_batches_tracked"
+_WRAPPERS = ("state_dict", "base_model", "model")  # entries that hold the tensors, others lie beside
 _HEADER = "polyspect"  # the metadata entry of our own files
 
 
@@ -101,16 +118,22 @@ class Imported:
         """What an imported file says of itself; `sha256` is that of the published file."""
         return {"from": self.format, "detector": self.detector, "modalities": self.modalities, "sha256": sha256}
 
+    def header(self, sha256: str) -> dict[str, Any]:
+        """All entries of an imported file's header but its format number."""
+        return {"imported": self.about(sha256), **FORMATS[self.format].header}
+
 
 @dataclass(frozen=True)
 class Format:
     """One kind of published file."""
 
     detector: str  # that takes its tensors
-    part: str  # submodule of the detector that the tensors make up
+    part: str  # submodule of the detector that the tensors make up; "" where it is no detector's own
     mark: str  # regular expression: some name of such a file begins like this, and none of the others' does
     keys: str  # what such a file holds, for people
     convert: Callable[[Any, str], Imported]  # content of the file, how errors call the file
+    use: str = "checkpoint={}"  # the setting that takes the written file, for people
+    header: Mapping[str, Any] = field(default_factory=dict)  # what readers of the written file need to know beside
 
 
 # -- the formats -------------------------------------------------------------------------------------------------------
@@ -190,6 +213,39 @@ def stfpm(content: Any, origin: str = "the checkpoint") -> Imported:
     return Imported("stfpm", renamed, (), dropped | left)
 
 
+def _network(
+    published: str,
+    tensors: Callable[[Iterable[str]], Tensors],
+    drop: Mapping[str, str],
+    content: Any,
+    origin: str = "the checkpoint",
+) -> Imported:
+    """A network whose tensors are all known by name.
+
+    Args:
+        tensors: From the names in a file, published name -> ours of all that such a file must hold.
+        drop: As `_rename`.
+
+    Raises:
+        WeightsError: an unknown or missing tensor, or one that is not finite (names it).
+    """
+    state, beside = _flat(content, origin)
+    part = FORMATS[published].part
+    keep = {old: f"{part}.{new}" if part else new for old, new in tensors(state).items()}
+    renamed, left = _rename(state, keep, drop, published, origin, halves=False)
+    for name, tensor in renamed.items():
+        _check_finite(name, tensor, origin)
+    return Imported(published, renamed, (), beside | left)
+
+
+def _point_mae(content: Any, origin: str = "the checkpoint") -> Imported:
+    """The encoder of the whole pre-training network, or alone; its convolutions of one position are matrices here."""
+    drop = {rf"{re.escape(start)}": PRETRAINING for start in point_mae.PRETRAINING} | {rf".*{_COUNTER}$": COUNTER}
+    imported = _network("point-mae", point_mae.point_mae_tensors, drop, content, origin)
+    matrices = {name: x.flatten(1) if x.ndim == 3 and x.shape[2] == 1 else x for name, x in imported.tensors.items()}
+    return replace(imported, tensors=matrices)
+
+
 FORMATS: dict[str, Format] = {
     "crd": Format("crd", "students", r"student_\w+\.", "student_rgb and student_depth or student_normals", crd),
     "rd4ad": Format("reverse_distillation", "student", r"(bn|decoder)\.", "bn and decoder", rd4ad),
@@ -201,6 +257,82 @@ FORMATS: dict[str, Format] = {
         anomalib_rd,
     ),
     "stfpm": Format("forward_distillation", "student", r"model\.\d\.", "state_dict with model.0 to model.7", stfpm),
+    "m3dm-uff": Format(
+        "m3dm",
+        "uff",
+        r"(xyz|rgb)_head\.",
+        "model with xyz_norm, xyz_mlp, xyz_head and the same of rgb",
+        partial(_network, "m3dm-uff", cross_modal.feature_fusion_tensors, {}),
+        "uff_checkpoint={}",
+    ),
+    "cmdiad-f2f": Format(
+        "cmdiad",
+        "network",
+        r"(xyz|rgb)_mlp\.mlp_module\.",
+        "model with xyz_norm, xyz_mlp.mlp_module and the same of rgb",
+        partial(_network, "cmdiad-f2f", cross_modal.patch_hallucination_tensors, {}),
+    ),
+    "cmdiad-f2f-conv": Format(
+        "cmdiad",
+        "network",
+        r"(xyz|rgb)_conv\.",
+        "model with xyz_conv and rgb_conv",
+        partial(_network, "cmdiad-f2f-conv", cross_modal.conv_hallucination_tensors, {}),
+    ),
+    "cmdiad-f2i": Format(
+        "cmdiad",
+        "network",
+        r"conv4\.",
+        "model with conv1 to conv4 and norm",
+        partial(_network, "cmdiad-f2i", cross_modal.image_hallucination_tensors, {r"norm\.": NO_USE}),
+    ),
+    "cmdiad-f2i-mlp": Format(
+        "cmdiad",
+        "network",
+        r"mlp\.\d",
+        "model with rgb_norm and mlp",
+        partial(_network, "cmdiad-f2i-mlp", cross_modal.patch_image_hallucination_tensors, {}),
+    ),
+    "cmdiad-i2f": Format(
+        "cmdiad",
+        "network",
+        r"final_layer\.",
+        "model with conv1, conv2, layer1 to layer4 and final_layer",
+        partial(_network, "cmdiad-i2f", cross_modal.features_from_image_tensors, {r"layer4\.": NO_USE}),
+    ),
+    "cfm": Format(
+        "cfm",
+        "mapping",
+        r"projection(_[a-e])?\.",
+        "input, projection (big: projection_a to projection_e) and output",
+        partial(_network, "cfm", cross_modal.feature_mapping_tensors, {}),
+        "checkpoint='[{}, FILE_OF_THE_OTHER_DIRECTION]'",
+    ),
+    "point-mae": Format(
+        "m3dm, cmdiad or cfm",
+        "",
+        r"(MAE_encoder\.)?encoder\.first_conv\.",
+        "base_model with MAE_encoder",
+        _point_mae,
+        "point_backbone=point_mae --set point_weights={}",
+        {"point_transformer": {"size": "base", "frame": "camera", "statistics": "stored"}},
+    ),
+    "ast-teacher": Format(
+        "ast",
+        "teacher",
+        r"module_list\.\d+\.",
+        "module_list.3, 5, 7, 9 with s1 and s2",
+        partial(_network, "ast-teacher", patch_networks.flow_tensors, {}),
+        "checkpoint='[{}, FILE_OF_THE_STUDENT]'",
+    ),
+    "ast-student": Format(
+        "ast",
+        "student",
+        r"res\.\d+\.",
+        "conv1, res.0 to res.3, conv2",
+        partial(_network, "ast-student", patch_networks.conv_student_tensors, {r"gamma$": NO_USE}),
+        "checkpoint='[FILE_OF_THE_TEACHER, {}]'",
+    ),
 }
 """Name of a published format -> what it is."""
 
@@ -249,11 +381,7 @@ def load_checkpoint(
             another shape (names both), or not finite.
     """
     imported, origin = read_checkpoint(path, published), f"checkpoint {path}"
-    if imported.detector != detector:
-        raise WeightsError(
-            f"{origin} (format '{imported.format}') is for detector '{imported.detector}', not '{detector}': "
-            f"use that one, or another file"
-        )
+    _check_detector(imported, detector, origin)
     part = f"{FORMATS[imported.format].part}."
     expected = like if isinstance(like, Mapping) else like.state_dict()
     state = {name.removeprefix(part): tensor for name, tensor in imported.tensors.items()}
@@ -269,6 +397,21 @@ def load_checkpoint(
     for name, wanted in expected.items():
         _check_tensor(name, state[name], wanted, origin)
     return {name: state[name] for name in expected}
+
+
+def read_network(path: str | Path, detector: str) -> Any:
+    """What the functions of `weights.cross_modal` take: a published file's content, or the tensors of an imported one.
+
+    Raises:
+        WeightsError: unreadable, or imported for another detector.
+    """
+    path = Path(path).expanduser()
+    if path.suffix != ".safetensors" or _own_header(path) is None:
+        return read_file(path)
+    imported = read_checkpoint(path)
+    _check_detector(imported, detector, f"checkpoint {path}")
+    part = f"{FORMATS[imported.format].part}."
+    return {name.removeprefix(part): tensor for name, tensor in imported.tensors.items()}
 
 
 def checkpoint_source(path: str | Path) -> dict[str, str]:
@@ -297,10 +440,7 @@ def detect(content: Any, origin: str = "the checkpoint") -> str:
 
 def _own_header(path: Path) -> Mapping[str, Any] | None:
     """What ``polyspect weights import`` wrote into the file's header; None for a file from elsewhere."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get(_HEADER)
+    text = read_metadata(path).get(_HEADER)
     if text is None:
         return None
     try:
@@ -319,14 +459,15 @@ def _own_header(path: Path) -> Mapping[str, Any] | None:
 
 
 def _flat(content: Any, origin: str) -> tuple[State, dict[str, str]]:
-    """All tensors of a file under dotted names, and what lies beside a ``state_dict`` with the reason to drop it."""
+    """All tensors of a file under dotted names, and what lies beside a wrapper with the reason to drop it."""
     from torch import Tensor
 
     if not isinstance(content, Mapping) or not content:
         raise WeightsError(f"{origin} holds {type(content).__name__}, expected tensors by name")
-    if isinstance(content.get("state_dict"), Mapping):
-        beside = {str(key): BESIDE for key in content if key != "state_dict"}
-        return named_tensors(content["state_dict"], f"{origin}: 'state_dict'"), beside
+    for wrapper in _WRAPPERS:
+        if isinstance(content.get(wrapper), Mapping):
+            beside = {str(key): BESIDE for key in content if key != wrapper}
+            return named_tensors(content[wrapper], f"{origin}: '{wrapper}'"), beside
     state: State = {}
     for key, value in content.items():
         if isinstance(value, Mapping):
@@ -355,13 +496,14 @@ def _under(theirs: str, ours: str, table: Mapping[str, str]) -> dict[str, str]:
 
 
 def _rename(
-    state: State, keep: Mapping[str, str], drop: Mapping[str, str], published: str, origin: str
+    state: State, keep: Mapping[str, str], drop: Mapping[str, str], published: str, origin: str, halves: bool = True
 ) -> tuple[State, dict[str, str]]:
     """Sort `state` into renamed and dropped tensors.
 
     Args:
         keep: Name or, with a final ".", start of names -> ours.
         drop: Regular expression for the start of a name -> why.
+        halves: Whether `keep` does not say which tensors there are, so that `_missing_halves` must.
     """
     dropped = {name: why for name in state for rule, why in drop.items() if re.match(rule, name)}
     kept = {name: tensor for name, tensor in state.items() if name not in dropped}
@@ -369,7 +511,9 @@ def _rename(
     unknown = [name for name, rule in rules.items() if not rule]
     if unknown:
         raise WeightsError(_unknown(origin, published, unknown))
-    missing = [old.removesuffix(".") for old in keep if old not in rules.values()] + _missing_halves(kept)
+    hit = set(rules.values())
+    missing = [old.removesuffix(".") for old in keep if old not in hit and not old.endswith(_COUNTER)]
+    missing += _missing_halves(kept) if halves else []
     if missing:
         raise WeightsError(f"{origin} lacks {listed(missing)}: it is not whole, or not of format '{published}'")
     renamed = {keep[rule] + name.removeprefix(rule): kept[name] for name, rule in rules.items()}
@@ -405,6 +549,14 @@ def _with_counters(state: State) -> State:
     return state | {name: torch.zeros((), dtype=torch.int64) for name in counters if name not in state}
 
 
+def _check_detector(imported: Imported, detector: str, origin: str) -> None:
+    if imported.detector != detector:
+        raise WeightsError(
+            f"{origin} (format '{imported.format}') is for detector '{imported.detector}', not '{detector}': "
+            f"use that one, or another file"
+        )
+
+
 def _check_dead(state: State, prefix: str, origin: str) -> None:
     """Refuse to drop a ``conv4`` that is no dead weight: the unused one is 1x1, the path of CRD's filter 3x3."""
     kernel = state.get(f"{prefix}conv4.weight")
@@ -423,6 +575,10 @@ def _check_tensor(name: str, tensor: Tensor, wanted: Tensor, origin: str) -> Non
         )
     if tensor.is_floating_point() != wanted.is_floating_point():
         raise WeightsError(f"{origin}: '{name}' is of type {tensor.dtype}, the detector needs {wanted.dtype}")
+    _check_finite(name, tensor, origin)
+
+
+def _check_finite(name: str, tensor: Tensor, origin: str) -> None:
     if not bool(tensor.isfinite().all()):
         raise WeightsError(f"{origin}: '{name}' holds numbers that are not finite: the training failed, use another")
 

@@ -13,10 +13,12 @@ raises WeightsError for a tensor that is unknown, missing, of another shape or k
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from .convert import State
-from .renaming import rename, unwrap
+from .renaming import LAYER, NORM, Tensors, rename, unwrap, whole
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 _SEQUENCE = (0, 3, 6, 8, 10, 12)  # places of the convolutions among activations and means
 _ENCODER = ("conv1", "conv2", "conv3", "fc1", "fc2")
+_UNUSED = ("gamma",)  # tensors in AST's student that its network never uses
 _NEW_WEIGHT_NORM = ("parametrizations.weight.original0", "parametrizations.weight.original1")
 
 
@@ -65,17 +68,10 @@ def signed_distance_state(content: Any, network: nn.Module, origin: str = "the S
 def flow_state(content: Any, network: Flow, origin: str = "the AST teacher's checkpoint") -> State:
     """The state dict of a `Flow` from AST's ``*_teacher.pth``; the permutations are no part of either.
 
-    The file numbers the nodes of a graph, with one more in front where there is a positional encoding.
-
     Raises:
         WeightsError: a tensor does not fit (names it): the file may be of another mode.
     """
-    names: dict[str, str] = {}
-    for index in range(len(network.blocks)):
-        node = f"module_list.{2 * index + (3 if network.position else 2)}"
-        for theirs, ours in (("s1", "of_first"), ("s2", "of_second")):
-            names[f"{node}.{theirs}.gamma"] = f"blocks.{index}.{ours}.gain"
-            names[f"{node}.{theirs}."] = f"blocks.{index}.{ours}."
+    names = flow_names(len(network.blocks), bool(network.position))
     return rename(unwrap(content, "state_dict", origin), network, names, (), origin)
 
 
@@ -85,8 +81,43 @@ def conv_student_state(content: Any, network: ConvStudent, origin: str = "the AS
     Raises:
         WeightsError: a tensor does not fit (names it): the file may be of another mode.
     """
-    names = {"conv1.": "input.", "conv2.": "output."}
-    for index in range(len(network.blocks)):
-        for theirs, ours in (("l1", "conv1"), ("l2", "conv2"), ("bn1", "norm1"), ("bn2", "norm2")):
-            names[f"res.{index}.{theirs}."] = f"blocks.{index}.{ours}."
-    return rename(unwrap(content, "state_dict", origin), network, names, ("gamma",), origin)
+    names = conv_student_names(len(network.blocks))
+    return rename(unwrap(content, "state_dict", origin), network, names, _UNUSED, origin)
+
+
+def flow_names(blocks: int, position: bool) -> Tensors:
+    """Name of every tensor in AST's ``*_teacher.pth`` -> name in a `Flow` of so many blocks.
+
+    The file numbers the nodes of a graph: couplings are every second one, from 3 with a positional encoding, from 2
+    without.
+    """
+    names: Tensors = {}
+    for index in range(blocks):
+        node = f"module_list.{2 * index + (3 if position else 2)}"
+        for theirs, ours in (("s1", "of_first"), ("s2", "of_second")):
+            names[f"{node}.{theirs}.gamma"] = f"blocks.{index}.{ours}.gain"
+            convs = {f"{node}.{theirs}.conv{n}.": f"blocks.{index}.{ours}.conv{n}." for n in (1, 2)}
+            names |= whole(convs, LAYER)
+    return names
+
+
+def conv_student_names(blocks: int) -> Tensors:
+    """Name of every tensor in AST's ``*_student.pth``, but for its ``gamma``, -> name in a `ConvStudent`."""
+    names = whole({"conv1.": "input.", "conv2.": "output."}, LAYER)
+    for index in range(blocks):
+        names |= whole({f"res.{index}.l{n}.": f"blocks.{index}.conv{n}." for n in (1, 2)}, LAYER)
+        names |= whole({f"res.{index}.bn{n}.": f"blocks.{index}.norm{n}." for n in (1, 2)}, NORM)
+    return names
+
+
+def flow_tensors(names: Iterable[str]) -> Tensors:
+    """`flow_names` for the couplings that a file's names show."""
+    nodes = [int(match[1]) for name in names if (match := re.match(r"module_list\.(\d+)\.", name))]
+    last = max(nodes, default=9)
+    return flow_names(max(last // 2, 1), position=last % 2 == 1)
+
+
+def conv_student_tensors(names: Iterable[str]) -> Tensors:
+    """`conv_student_names` for the blocks that a file's names show."""
+    blocks = [int(match[1]) + 1 for name in names if (match := re.match(r"res\.(\d+)\.", name))]
+    return conv_student_names(max(blocks, default=4))

@@ -11,6 +11,12 @@ from .convert import State, named_tensors
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+Starts = dict[str, str]  # start of published names, ending in "." -> start of ours
+Tensors = dict[str, str]  # published name of a tensor -> ours
+LAYER = ("weight", "bias")
+KERNEL = ("weight",)
+NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")  # of a batch
+
 
 def unwrap(content: Any, wrapper: str, origin: str) -> State:
     """The tensors by name in a checkpoint's content: those under `wrapper` if there is such an entry, else all.
@@ -30,7 +36,8 @@ def rename(
 ) -> State:
     """The state dict of `network` from published tensors: each is renamed or dropped by a rule, or it is an error.
 
-    A convolution with a kernel of one position may become a matrix: its trailing dimensions of size 1 go.
+    A tensor that no rule is for may bear our name already, as in a file that ``polyspect weights import`` wrote. A
+    convolution with a kernel of one position may become a matrix: its trailing dimensions of size 1 go.
 
     Args:
         names: Published name -> ours. Both may be starts that end in ".", which stand for all names under them.
@@ -47,7 +54,7 @@ def rename(
         if any(covers(rule, name) for rule in dropped):
             continue
         rule = next((rule for rule in names if covers(rule, name)), None)
-        ours = "" if rule is None else names[rule] + name[len(rule) :]
+        ours = name if rule is None else names[rule] + name[len(rule) :]
         if ours in wanted and ours not in renamed:
             renamed[ours] = tensor
         else:
@@ -64,6 +71,11 @@ def rename(
             f"another network or variant"
         )
     return {name: _fitted(name, renamed[name], like, origin) for name, like in wanted.items()}
+
+
+def whole(starts: Mapping[str, str], leaves: Iterable[str]) -> Tensors:
+    """Published name -> ours of every tensor: `leaves` under each of `starts`."""
+    return {old + leaf: new + leaf for old, new in starts.items() for leaf in leaves}
 
 
 def covers(rule: str, name: str) -> bool:
