@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from golden import filled_state
 from polyspect.backbones.image import ImageBackbone
 from polyspect.backbones.patch_description import PatchDescription
-from polyspect.backbones.pdn_weights import PATCH_NETWORKS, load_patch_description
+from polyspect.backbones.pdn_weights import DEFAULT_PATCH_NETWORK, PATCH_NETWORKS, load_patch_description
+from polyspect.data.made_up_images import MadeUpImages
 from polyspect.errors import ConfigError, WeightsError
-from polyspect.weights import KNOWN
+from polyspect.weights import KNOWN, check, list_weights
 from polyspect.weights.resolve import FOLDER_VARIABLE
 from published_networks import pdn
 
@@ -29,6 +30,43 @@ def own_file(path, size="small", **about):
     state = {name: tensor.half() for name, tensor in network.state_dict().items()}
     save_file(state, path, metadata={"polyspect": json.dumps(header)})
     return state
+
+
+def test_the_default_comes_with_polyspect_and_says_how_it_was_made():
+    loaded = load_patch_description()
+    assert DEFAULT_PATCH_NETWORK == "pdn_small"
+    assert loaded.source["source"] == "shipped"
+    assert loaded.source["sha256"] == KNOWN["pdn_small"].files["pdn_small.safetensors"]
+    assert (loaded.network.size, loaded.network.outputs, loaded.network.padding) == ("small", 384, False)
+    assert [source["source"] for source in loaded.made["pictures"]] == ["folder", "made up"]
+    losses = [loss for _, loss in loaded.made["curve"]]
+    assert losses[-1] < 0.8 * losses[0]
+    untrained = load_patch_description(weights="random").network
+    for (name, a), b in zip(loaded.network.named_parameters(), untrained.parameters()):
+        assert a.dtype == torch.float32
+        assert not torch.equal(a, b), name
+
+
+def test_its_answers_have_the_statistics_of_what_it_learned():
+    """Mean near 0 and deviation below 1, as a regression onto standardised targets gives; random ones have neither."""
+    source = MadeUpImages(20, seed=7, size=128)
+    image = torch.stack([torch.tensor(source.picture(i)) for i in range(20)]).permute(0, 3, 1, 2).float() / 255
+    with torch.no_grad():
+        answers = load_patch_description().network(image)  # 20 384 24 24
+    deviation = answers.transpose(0, 1).flatten(1).std(1)
+    assert float(answers.mean((0, 2, 3)).abs().mean()) < 0.4
+    assert 0.2 < float(deviation.mean()) < 1.1
+    assert float(deviation.min()) > 0.05  # no channel is dead
+
+
+def test_it_is_listed_checked_and_small():
+    file = check("pdn_small")
+    assert file.path.stat().st_size < 8e6
+    rows = {row.name: row for row in list_weights()}
+    assert rows["pdn_small"].available
+    assert rows["pdn_small"].where.startswith("shipped: ")
+    assert not rows["pdn_small_efficientad"].available
+    assert "pretrained_teacher_small.pth" in rows["pdn_small_efficientad"].where
 
 
 def test_random_weights_depend_on_the_seed_alone_and_have_no_hash():

@@ -12,7 +12,7 @@ from golden import parameters
 from polyspect.backbones.point_mae import PointMAE, chamfer, hide_groups
 from polyspect.backbones.point_transformer import SIZES, PointTransformer
 from polyspect.detectors.contract import seeded
-from polyspect.errors import ConfigError
+from polyspect.errors import ConfigError, ShapeError
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -44,6 +44,48 @@ def test_the_small_encoder_fits_into_8_mb_at_16_bits():
     assert 2 * sum(tensor.numel() for tensor in net.state_dict().values()) < 8e6
     for name, size in SIZES.items():
         assert size.layers[-1] == size.blocks - 1, name
+
+
+def test_branches_of_size_zero_leave_the_tokens_as_they_are():
+    net = small(branch_scale=0.0)
+    groups, centres = clouds()
+    tokens = net.encoder.encoder.plain(groups)
+    assert_close(net.encoder(groups, centres), net.encoder.norm(tokens))
+
+
+def test_descriptors_are_told_by_every_layer_of_visible_groups_and_behind_the_decoder():
+    net = small(targets=2)
+    groups, centres = clouds()
+    hidden = torch.zeros(2, 10, dtype=torch.bool)
+    hidden[:, 6:] = True
+    plain = net.loss(groups, centres, hidden)
+    wanted = torch.randn(2, 10, 2, generator=generator(5))
+    with torch.no_grad():
+        for layer in (net.tell_hidden, net.tell_visible):
+            layer.weight.zero_()
+            layer.bias.copy_(torch.tensor([1.0, -1.0]))
+    error = (wanted - torch.tensor([1.0, -1.0])).square()
+    expected = plain + 0.5 * (error[:, 6:].mean() + error[:, :6].mean())
+    assert_close(net.loss(groups, centres, hidden, descriptors=wanted, descriptor_weight=0.5), expected)
+    assert net.layers == SIZES["small"].layers
+    with torch.no_grad():
+        net.tell_visible.weight.normal_(generator=generator(1))
+    whole = PointTransformer(net.layers, size="small").eval()
+    whole.load_state_dict(net.encoder.state_dict())
+    seen = whole(groups[:, :6], centres[:, :6]).unflatten(2, (3, -1))  # B V layers C: hidden groups are not seen
+    told = net.tell_visible(seen) - wanted[:, :6, None]
+    loss = net.loss(groups, centres, hidden, descriptors=wanted)
+    assert_close(loss, plain + error[:, 6:].mean() + told.square().mean())
+
+
+def test_descriptors_need_a_network_that_tells_them():
+    groups, centres = clouds()
+    hidden = torch.zeros(2, 10, dtype=torch.bool)
+    hidden[:, 6:] = True
+    with pytest.raises(ConfigError, match="build it with `targets`"):
+        small().loss(groups, centres, hidden, descriptors=torch.zeros(2, 10, 3))
+    with pytest.raises(ShapeError):
+        small(targets=2).loss(groups, centres, hidden, descriptors=torch.zeros(2, 10, 3))
 
 
 # -- Chamfer distance --------------------------------------------------------------------------------------------------

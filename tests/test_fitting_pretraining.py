@@ -18,6 +18,7 @@ from polyspect.data.cloud_folder import CloudFolder
 from polyspect.data.shape_clouds import ShapeClouds
 from polyspect.errors import ConfigError, DataError, WeightsError
 from polyspect.fitting.pretraining import (
+    HISTOGRAM,
     PAPER,
     PretrainingConfig,
     augment,
@@ -25,6 +26,7 @@ from polyspect.fitting.pretraining import (
     learning_rate,
     parameter_groups,
     pretrain,
+    shape_histograms,
     write_encoder,
 )
 from polyspect.weights.convert import load_state, read_metadata
@@ -82,7 +84,7 @@ def test_weight_decay_spares_vectors_and_the_mask_token():
 def test_the_papers_settings():
     config = PretrainingConfig(**PAPER)
     assert (config.size, config.batch_size, config.points, config.groups) == ("base", 128, 1024, (64, 64))
-    assert (config.visible_weight, config.normalise) == (0, False)
+    assert (config.visible_weight, config.normalise, config.shape_weight, config.branch_scale) == (0, False, 0, 1)
     assert (config.lr, config.weight_decay, config.mask_ratio, config.loss) == (1e-3, 0.05, 0.6, "l2")
 
 
@@ -120,13 +122,39 @@ def test_batches_have_the_shapes_asked_for_and_every_cloud_once_per_epoch():
     seen, shapes = [], set()
     source.cloud = lambda index, make=source.cloud: (seen.append(index), make(index))[1]  # type: ignore[method-assign]
     for step in range(20):
-        groups, centres = draw_batch(source, config, step)
+        groups, centres, descriptors = draw_batch(source, config, step)
+        assert descriptors is not None
+        assert descriptors.shape == (*groups.shape[:2], HISTOGRAM)
         assert groups.shape[:2] == centres.shape[:2]
         assert bool((groups[:, :, 0] == 0).all())  # the centre itself first
         shapes.add(groups.shape[1:3])
     assert [sorted(seen[i : i + 5]) for i in range(0, 40, 5)] == [[0, 1, 2, 3, 4]] * 8
     assert {G for G, _ in shapes} == {6, 7, 8}
     assert {M for _, M in shapes} == {5, 6, 7, 8, 9}
+
+
+def test_histograms_of_a_surface_do_not_change_when_it_turns_about_the_cameras_axis():
+    u, v = torch.rand(2, 900, generator=torch.Generator().manual_seed(0))
+    sheet = torch.stack([u - 0.5, v - 0.5, 2 * (u - 0.5) ** 2], dim=1)
+    plain = shape_histograms(sheet, 0.1, 0.2)
+    assert plain.shape == (900, HISTOGRAM)
+    assert_close(plain.unflatten(1, (3, 11)).sum(2), torch.ones(900, 3))
+    c, s = math.cos(0.7), math.sin(0.7)
+    turned = shape_histograms(sheet @ torch.tensor([[c, s, 0], [-s, c, 0], [0, 0, 1]]), 0.1, 0.2)
+    assert float((turned - plain).abs().mean()) < 1e-3  # a pair on the border of a bin may go to the next
+    flat = shape_histograms(sheet * torch.tensor([1.0, 1, 0]) + torch.tensor([0, 0, 0.5]), 0.1, 0.2)
+    assert_close(flat[:, [5, 16, 27]], torch.ones(900, 3))  # all angles 0, wherever the plane lies
+    assert float((plain - flat).abs().mean()) > 0.01
+
+
+def test_descriptors_are_standardised_roots_of_the_groups_mean_histograms():
+    source, config = Balls(points=300), PretrainingConfig(**QUICK)
+    _, _, descriptors = draw_batch(source, config, 3)
+    again = draw_batch(source, config, 3)[2]
+    assert descriptors is not None
+    assert_close(descriptors, again, rtol=0, atol=0)
+    assert float(descriptors.mean().abs()) < 1.0
+    assert draw_batch(source, PretrainingConfig(**QUICK, shape_weight=0.0), 3)[2] is None
 
 
 def test_a_cloud_with_too_few_points_is_named():
@@ -145,6 +173,8 @@ def test_a_cloud_with_too_few_points_is_named():
         {"lr": 0.0},
         {"points": 5},
         {"size": "huge"},
+        {"shape_weight": -1.0},
+        {"shape_radius": 0.0},
     ],
 )
 def test_settings_out_of_range_are_refused(wrong):

@@ -282,6 +282,7 @@ def _add_weights(commands: Any) -> None:
     )
     sub.add_argument("--out", required=True, help="file to write, .safetensors")
     _add_pretraining(command)
+    _add_distillation(command)
 
 
 def _add_pretraining(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -289,25 +290,26 @@ def _add_pretraining(command: Callable[..., argparse.ArgumentParser]) -> None:
         "pretrain-point-mae",
         do.run_weights_pretrain,
         "Train a point transformer on clouds without labels (Point-MAE), and write its encoder as a weights file.",
-        "  polyspect weights pretrain-point-mae --shapes 50000 --out own.safetensors\n"
+        "  polyspect weights pretrain-point-mae --shapes 1000 --out own.safetensors\n"
         "  polyspect weights pretrain-point-mae --clouds scans/xyz --epochs 20 --seed 1 --out scans.safetensors\n"
         "  polyspect weights pretrain-point-mae --clouds shapenet --paper --epochs 300 --out base.safetensors\n"
-        "  polyspect weights pretrain-point-mae --shapes 50000 --out own.safetensors --resume\n",
+        "  polyspect weights pretrain-point-mae --shapes 1000 --out own.safetensors --resume\n",
     )
     clouds = sub.add_mutually_exclusive_group(required=True)
     clouds.add_argument(
         "--clouds", metavar="FOLDER", help="PLY, PCD, TIFF, NPY or NPZ clouds, in folders below as well"
     )
     clouds.add_argument("--shapes", type=int, metavar="N", help="N made-up shapes as a depth camera sees them")
+    sub.add_argument("--pixels", type=int, default=160, help="with --shapes: side of the depth image (%(default)s)")
     sub.add_argument("--out", required=True, help="file to write, .safetensors")
     length = sub.add_mutually_exclusive_group()
     length.add_argument("--steps", type=int, help="updates (default: 800)")
     length.add_argument("--epochs", type=float, help="passes over the clouds, instead of --steps")
     sub.add_argument("--paper", action="store_true", help="the paper's settings and size where none is given here")
     sub.add_argument("--size", choices=["small", "base"], help="of the network (default: small)")
-    sub.add_argument("--batch-size", type=int, help="clouds per update (default: 16)")
-    sub.add_argument("--points", type=int, help="points drawn from a cloud (default: 4096)")
-    for name, what, default in (("groups", "groups per cloud", "48 80"), ("group-size", "points per group", "24 32")):
+    sub.add_argument("--batch-size", type=int, help="clouds per update (default: 8)")
+    sub.add_argument("--points", type=int, help="points drawn from a cloud (default: 6144)")
+    for name, what, default in (("groups", "groups per cloud", "96 160"), ("group-size", "points per group", "48 96")):
         sub.add_argument(
             f"--{name}",
             type=int,
@@ -315,10 +317,61 @@ def _add_pretraining(command: Callable[..., argparse.ArgumentParser]) -> None:
             metavar="N",
             help=f"{what}: one number, or least and most (default: {default})",
         )
-    sub.add_argument("--mask-ratio", type=float, help="share of the groups that is hidden (default: 0.6)")
+    sub.add_argument("--mask-ratio", type=float, help="share of the groups that is hidden (default: 0.4)")
     sub.add_argument("--masking", choices=["random", "block"], help="which groups are hidden (default: random)")
     sub.add_argument("--loss", choices=["l2", "l1"], help="Chamfer distance, squared or not (default: l2)")
+    sub.add_argument(
+        "--shape-weight", type=float, help="weight of telling each group's histogram of angles; 0: do not (default: 1)"
+    )
     sub.add_argument("--lr", type=float, help="highest learning rate (default: 0.001)")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
+    sub.add_argument("--fp32", action="store_true", help="store 32-bit numbers instead of 16-bit ones")
+    sub.add_argument("--resume", action="store_true", help="go on from the checkpoint beside --out")
+    sub.add_argument("--stop-after", type=int, metavar="N", help="save and stop once N updates are made")
+    sub.add_argument("--cooldown", type=int, metavar="N", help="with --resume: end early, after N more updates")
+
+
+def _add_distillation(command: Callable[..., argparse.ArgumentParser]) -> None:
+    sub = command(
+        "distil-pdn",
+        do.run_weights_distil,
+        "Distil a frozen image network into a patch description network (PDN), the teacher of MDSS and EfficientAD, "
+        "and write it as a weights file.",
+        "  polyspect weights distil-pdn --made-up 50000 --out own.safetensors\n"
+        "  polyspect weights distil-pdn --images photos --made-up 50000 --steps 4000 --out own.safetensors\n"
+        "  polyspect weights distil-pdn --images imagenet/train --paper --out paper.safetensors\n"
+        "  polyspect weights distil-pdn --made-up 50000 --out own.safetensors --resume\n",
+    )
+    sub.add_argument(
+        "--images",
+        metavar="FOLDER",
+        nargs="+",
+        help="PNG, JPEG, BMP or TIFF pictures, in folders below as well; each folder gives as many as any other source",
+    )
+    sub.add_argument("--made-up", type=int, metavar="N", help="N made-up pictures of textures and things")
+    sub.add_argument("--out", required=True, help="file to write, .safetensors")
+    sub.add_argument("--paper", action="store_true", help="EfficientAD's settings where none is given here")
+    sub.add_argument("--backbone", help="the frozen network, a name of timm's (default: efficientnet_lite0)")
+    sub.add_argument("--weights", help="its weights: auto, a file or a folder (default: auto)")
+    sub.add_argument("--size", choices=["small", "medium"], help="of the PDN (default: small)")
+    sub.add_argument("--steps", type=int, help="updates (default: 4000)")
+    sub.add_argument("--batch-size", type=int, help="pictures per update (default: 4)")
+    sub.add_argument("--pixels", type=int, help="side of a picture as the PDN sees it (default: 128)")
+    sub.add_argument(
+        "--crop",
+        type=float,
+        nargs=2,
+        metavar=("LEAST", "MOST"),
+        help="share of a picture's sides that is cut out (default: 0.4 1)",
+    )
+    sub.add_argument("--lr", type=float, help="highest learning rate (default: 0.0005)")
+    sub.add_argument("--statistics", type=int, help="pictures for mean and deviation of the targets (default: 512)")
+    sub.add_argument(
+        "--precision",
+        choices=["32-true", "bf16-mixed"],
+        help="bf16-mixed is faster where the processor has bfloat16 (default: 32-true)",
+    )
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
     sub.add_argument("--fp32", action="store_true", help="store 32-bit numbers instead of 16-bit ones")

@@ -399,11 +399,7 @@ def run_weights_import(a: argparse.Namespace) -> int:
 
 def run_weights_pretrain(a: argparse.Namespace) -> int:
     """Pre-train a point transformer and write its encoder."""
-    out = Path(a.out).expanduser()
-    if out.suffix != ".safetensors":
-        raise ConfigError(f"--out must name a .safetensors file, got '{a.out}'")
-    if not out.parent.is_dir():
-        raise ConfigError(f"the folder of --out '{a.out}' does not exist: make it first")
+    out = _weights_out(a.out)
     import math
 
     from .data.cloud_folder import CloudFolder
@@ -411,13 +407,14 @@ def run_weights_pretrain(a: argparse.Namespace) -> int:
     from .fitting.pretraining import PAPER, CloudSource, PretrainingConfig, pretrain, write_encoder
     from .fitting.progress import TerminalProgress
 
-    names = ("size", "steps", "batch_size", "points", "groups", "group_size", "mask_ratio", "masking", "loss", "lr")
+    names = ["size", "steps", "batch_size", "points", "groups", "group_size", "mask_ratio", "masking", "loss"]
+    names += ["shape_weight", "lr"]
     given = {name: getattr(a, name) for name in names if getattr(a, name) is not None}
     for name in ("groups", "group_size"):
         if len(given.get(name, ())) == 1:
             given[name] *= 2
     settings = {**(PAPER if a.paper else {}), **given, "seed": a.seed}
-    source: CloudSource = CloudFolder(a.clouds) if a.clouds else ShapeClouds(a.shapes, a.seed)
+    source: CloudSource = CloudFolder(a.clouds) if a.clouds else ShapeClouds(a.shapes, a.seed, a.pixels)
     if a.epochs is not None:
         batch = settings.get("batch_size", PretrainingConfig.batch_size)
         settings["steps"] = math.ceil(a.epochs * len(source) / batch)
@@ -453,6 +450,66 @@ def run_weights_pretrain(a: argparse.Namespace) -> int:
     )
     _emit(a, shown | {"curve": trained.curve}, text)
     return 0
+
+
+def run_weights_distil(a: argparse.Namespace) -> int:
+    """Distil a frozen image network into a patch description network and write that."""
+    out = _weights_out(a.out)
+    if not a.images and a.made_up is None:
+        raise ConfigError("name the pictures to learn from: --images FOLDER, --made-up N, or both")
+    from .data.image_folder import ImageFolder
+    from .data.made_up_images import MadeUpImages
+    from .fitting.pdn_distillation import PAPER, DistillationConfig, ImageSource, distil, write_network
+    from .fitting.progress import TerminalProgress
+
+    names = ("size", "backbone", "weights", "steps", "batch_size", "pixels", "crop", "lr", "statistics", "precision")
+    given = {name: getattr(a, name) for name in names if getattr(a, name) is not None}
+    config = DistillationConfig(**{**(PAPER if a.paper else {}), **given, "seed": a.seed})
+    sources: list[ImageSource] = [ImageFolder(folder) for folder in a.images or ()]
+    if a.made_up is not None:
+        sources.append(MadeUpImages(a.made_up, a.seed))
+    checkpoint = out.with_suffix(".checkpoint.safetensors")
+    distilled = distil(
+        sources,
+        config,
+        device=a.device,
+        checkpoint=checkpoint,
+        resume=a.resume,
+        stop_after=a.stop_after,
+        cooldown=a.cooldown,
+        progress=TerminalProgress(),
+    )
+    if a.cooldown is None and distilled.updates < config.steps:
+        text = f"{distilled.updates} of {config.steps} updates made: go on with --resume ({checkpoint})"
+        _emit(a, {"checkpoint": str(checkpoint), "updates": distilled.updates}, text)
+        return 0
+    write_network(out, distilled, sources, config, half=not a.fp32)
+    size, loss = out.stat().st_size, distilled.curve[-1][1]
+    shown = {
+        "out": str(out),
+        "bytes": size,
+        "steps": distilled.updates,
+        "loss": loss,
+        "seconds": round(distilled.seconds, 1),
+    }
+    text = (
+        f"{out}: patch description network of size {config.size}, {size / 1e6:.2f} MB\n"
+        f"{distilled.updates} updates of {config.batch_size} pictures in {distilled.seconds / 60:.1f} min, last loss "
+        f"{loss:.4g} (1 is the answer of a network that has learned nothing)\n"
+        f"{checkpoint} is no longer needed"
+    )
+    _emit(a, shown | {"curve": distilled.curve}, text)
+    return 0
+
+
+def _weights_out(name: str) -> Path:
+    """The file that --out names, in a folder that is there."""
+    out = Path(name).expanduser()
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"--out must name a .safetensors file, got '{name}'")
+    if not out.parent.is_dir():
+        raise ConfigError(f"the folder of --out '{name}' does not exist: make it first")
+    return out
 
 
 def _few(names: Sequence[str]) -> str:

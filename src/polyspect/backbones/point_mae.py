@@ -9,6 +9,14 @@ minus their centre c_g, of which the set m is hidden:
     loss  = mean over g in m of  mean_p min_q |y_gp - x_gq|^2 + mean_q min_p |y_gp - x_gq|^2        (4)  "l2"
     or      mean over g in m of (mean_p min_q |y_gp - x_gq|   + mean_q min_p |y_gp - x_gq|) / 2     (5)  "l1"
 
+Chamfer distances of a few dozen points say little about a surface's fine shape, which is what defects change. With
+`targets` there is a second task, not in the paper, like the feature prediction of Wei et al. (MaskFeat, CVPR 2022): to
+tell a descriptor d_g of each group, for hidden groups behind the decoder, for visible ones from what every block that
+is used later (`PointTransformer.layers`) returns:
+
+    added = mean over g in m of |V LN(z_g) - d_g|^2 / n
+          + mean over g not in m and layers l of |U LN(h_gl) - d_g|^2 / n                           (6)
+
 Differs from the released program: hidden groups, whose tokens it throws away, do not pass through the token PointNet,
 so that batch norms see visible groups only; norms take the statistics of each cloud, as they do in use
 (`point_transformer`), where the program takes those of the batch; and layers start as torch starts them. (With
@@ -37,6 +45,7 @@ class PointMAE(nn.Module):
     Attributes:
         encoder: What is kept: a `PointTransformer` that returns its last block.
         points: Points that the head predicts per group.
+        layers: Blocks, from 0, whose outputs must tell a group's descriptor: the size's own layers.
     """
 
     mask_token: Tensor
@@ -49,6 +58,8 @@ class PointMAE(nn.Module):
         points: int = 32,
         drop_path: float = 0.1,
         normalise: bool = False,
+        targets: int = 0,
+        branch_scale: float = 1.0,
         chunk: int = 8192,
     ) -> None:
         """Build the network; every number is drawn from torch's global generator, so seed that (`contract.seeded`).
@@ -61,27 +72,40 @@ class PointMAE(nn.Module):
                 first block, in the encoder and again in the decoder.
             normalise: Predict, and measure the loss, in units of the root mean square of the visible points of each
                 cloud. With small groups the head then need not find out how small. The paper does not.
+            branch_scale: What the encoder's positions, and what its blocks add to a token, are multiplied by at the
+                start: a small number makes a block's output the group's own token at first.
+            targets: Values n of a group's descriptor (Eq. 6); 0 for none, as the paper.
             chunk: Points that the token PointNet takes at a time.
 
         Raises:
             ConfigError: unknown size, or a number out of range.
         """
         super().__init__()
-        if decoder_blocks < 1 or points < 1 or not 0 <= drop_path < 1:
+        if decoder_blocks < 1 or points < 1 or targets < 0 or not 0 <= drop_path < 1:
             raise ConfigError(
-                "Point-MAE needs at least 1 decoder block, at least 1 point and a drop path in [0, 1), got "
-                f"{decoder_blocks}, {points} and {drop_path}"
+                "Point-MAE needs at least 1 decoder block, at least 1 point, 0 or more targets and a drop path in "
+                f"[0, 1), got {decoder_blocks}, {points}, {targets} and {drop_path}"
             )
         if size not in SIZES:
             raise ConfigError(f"unknown size '{size}' of the point transformer: {nearest_names(size, SIZES)}")
         shape = SIZES[size]
         self.encoder = PointTransformer((shape.blocks - 1,), size=size, chunk=chunk)
+        with torch.no_grad():
+            ends = [self.encoder.position[2]]
+            for block in self.encoder.blocks:
+                assert isinstance(block, Block)
+                ends += [block.projection, block.mlp[2]]
+            for parameter in nn.ModuleList(ends).parameters():
+                parameter.mul_(branch_scale)
         self.points, self.drop_path, self.normalise = points, drop_path, normalise
         self.mask_token = nn.Parameter(torch.zeros(shape.width))
         self.decoder_position = position_layers(shape)
         self.decoder = nn.ModuleList(Block(shape.width, shape.heads) for _ in range(decoder_blocks))
         self.decoder_norm = nn.LayerNorm(shape.width)
         self.head = nn.Linear(shape.width, 3 * points)
+        self.layers = shape.layers
+        self.tell_hidden = nn.Linear(shape.width, targets) if targets else None  # V
+        self.tell_visible = nn.Linear(shape.width, targets) if targets else None  # U
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(
@@ -101,8 +125,9 @@ class PointMAE(nn.Module):
         sizes = check_shapes(groups=(groups, "B G M 3"), centres=(centres, "B G 3"), hidden=(hidden, "B G"))
         G = sizes["G"]
         count = self._count_hidden(hidden)
-        y, _, unit = self._predict(groups, centres, hidden, generator)
-        return (y * unit)[:, G - count :].flatten(0, 1)
+        z, _, _ = self._decode(groups, centres, hidden, generator)
+        unit = self._unit(groups, hidden)
+        return (self._points(z) * unit)[:, G - count :].flatten(0, 1)
 
     def loss(
         self,
@@ -112,20 +137,38 @@ class PointMAE(nn.Module):
         generator: torch.Generator | None = None,
         kind: Loss = "l2",
         visible_weight: float = 0.0,
+        descriptors: Tensor | None = None,
+        descriptor_weight: float = 1.0,
     ) -> Tensor:
         """Eq. 4 or 5 of a batch, arguments as `forward`.
 
         With `visible_weight`, the loss of the visible groups, predicted from their own tokens behind the decoder, is
-        added with that weight. The paper has no such term.
+        added with that weight; with `descriptors` (B, G, targets) Eq. 6 with `descriptor_weight`. The paper has neither
+        term.
+
+        Raises:
+            ConfigError: as `forward`; or descriptors for a network without `targets`. ShapeError: they do not fit.
         """
         count = self._count_hidden(hidden)
-        y, order, unit = self._predict(groups, centres, hidden, generator)
-        target = groups[torch.arange(len(groups), device=groups.device)[:, None], order] / unit
+        z, outputs, order = self._decode(groups, centres, hidden, generator)
+        row = torch.arange(len(groups), device=groups.device)[:, None]
+        y, target = self._points(z), groups[row, order] / self._unit(groups, hidden)
         seen = groups.shape[1] - count
         loss = chamfer(y[:, seen:].flatten(0, 1), target[:, seen:].flatten(0, 1), kind).mean()
-        if visible_weight == 0:
+        if visible_weight:
+            there = chamfer(y[:, :seen].flatten(0, 1), target[:, :seen].flatten(0, 1), kind).mean()
+            loss = loss + visible_weight * there
+        if descriptors is None:
             return loss
-        return loss + visible_weight * chamfer(y[:, :seen].flatten(0, 1), target[:, :seen].flatten(0, 1), kind).mean()
+        if self.tell_hidden is None or self.tell_visible is None:
+            raise ConfigError("descriptors need a network that tells them: build it with `targets`")
+        check_shapes(hidden=(hidden, "B G"), descriptors=(descriptors, f"B G {self.tell_hidden.out_features}"))
+        wanted = descriptors[row, order]
+        told = self.tell_hidden(self.decoder_norm(z[:, seen:]))
+        terms = [(told - wanted[:, seen:]).square().mean()]
+        for h in outputs:
+            terms.append((self.tell_visible(h) - wanted[:, :seen]).square().mean() / len(outputs))
+        return loss + descriptor_weight * sum(terms[1:], terms[0])  # Eq. 6
 
     def _count_hidden(self, hidden: Tensor) -> int:
         count = int(hidden[0].sum())
@@ -136,26 +179,39 @@ class PointMAE(nn.Module):
             )
         return count
 
-    def _predict(
+    def _decode(
         self, groups: Tensor, centres: Tensor, hidden: Tensor, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Points (B, G, points, 3) of all groups, visible ones first; that order (B, G); their unit (B, 1, 1, 1)."""
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        """z (B, G, C) of all groups, visible ones first; the encoder's layers (B, V, C) of these; that order (B, G)."""
         B, G = hidden.shape
         count = self._count_hidden(hidden)
         order = hidden.to(torch.uint8).argsort(dim=1, stable=True)  # B G, visible ones first
         visible = order[:, : G - count]
-        seen = groups[torch.arange(B, device=groups.device)[:, None], visible]  # B V M 3
-        h = self.encoder.encoder(seen)  # B V C
+        h = self.encoder.encoder(groups[torch.arange(B, device=groups.device)[:, None], visible])  # B V C
         position = self.encoder.position(gather_rows(centres, visible))
-        for block, keep in zip(self.encoder.blocks, self._keep(len(self.encoder.blocks), h, generator)):
+        outputs = []
+        for index, (block, keep) in enumerate(
+            zip(self.encoder.blocks, self._keep(len(self.encoder.blocks), h, generator))
+        ):
             h = block(h + position, keep=keep)
-        h = self.encoder.norm(h)  # Eq. 1
-        z = torch.cat([h, self.mask_token.expand(B, count, -1)], dim=1)  # B G C
+            if index in self.layers:
+                outputs.append(self.encoder.norm(h))  # Eq. 1, the last of them
+        z = torch.cat([outputs[-1], self.mask_token.expand(B, count, -1)], dim=1)  # B G C
         position = self.decoder_position(gather_rows(centres, order))
         for block, keep in zip(self.decoder, self._keep(len(self.decoder), z, generator)):
             z = block(z + position, keep=keep)  # Eq. 2
-        unit = seen.square().sum(3).mean((1, 2)).sqrt().clamp(min=1e-6) if self.normalise else seen.new_ones(B)
-        return self.head(self.decoder_norm(z)).view(B, G, self.points, 3), order, unit.view(B, 1, 1, 1)  # Eq. 3
+        return z, outputs, order
+
+    def _points(self, z: Tensor) -> Tensor:
+        """Eq. 3: (B, G, points, 3)."""
+        return self.head(self.decoder_norm(z)).unflatten(2, (self.points, 3))
+
+    def _unit(self, groups: Tensor, hidden: Tensor) -> Tensor:
+        """What the network measures points in, (B, 1, 1, 1)."""
+        if not self.normalise:
+            return groups.new_ones(len(groups), 1, 1, 1)
+        squared = groups.square().sum(3).mean(2)  # B G
+        return ((squared * ~hidden).sum(1) / (~hidden).sum(1)).sqrt().clamp(min=1e-6).view(-1, 1, 1, 1)
 
     def _keep(self, blocks: int, h: Tensor, generator: torch.Generator | None) -> list[Tensor | None]:
         """Factors (2, B, 1, 1) per block: 0 for a dropped branch of a cloud, 1 / (1 - rate) for a kept one."""

@@ -2,8 +2,9 @@
 
 Every random choice is drawn from a generator seeded by (seed, step), so a run that was killed and resumed ends in the
 same bits. `PAPER` holds the paper's numbers. The defaults differ from it where use differs, and where a short run on a
-CPU would not get anywhere: clouds are one side of a thing as a depth camera sees it, with many points and small groups;
-the loss is measured in units of those groups, and visible groups count too.
+CPU would not get anywhere: clouds are one side of a thing as a depth camera sees it, with as many points and as large
+groups as in use; the loss is measured in units of those groups, and visible groups count too; and the network must tell
+the shape of every group's surface, as a histogram of the angles between its normals (`shape_histograms`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import logging
 import math
 import time
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,6 +26,7 @@ from ..backbones.point_mae import Loss, Masking, PointMAE, hide_groups
 from ..backbones.point_transformer import SIZES
 from ..detectors.contract import seeded
 from ..errors import ConfigError, DataError
+from ..geometry.fpfh import BINS, estimate_normals, fpfh
 from ..geometry.neighbours import group, nearest_neighbours
 from ..geometry.sampling import farthest_points
 from ..geometry.unit import to_unit_frame
@@ -36,6 +39,9 @@ from .progress import Progress
 log = logging.getLogger(__name__)
 
 CURVE_EVERY = 100  # steps whose losses are averaged to one entry of the curve
+HISTOGRAM = 3 * BINS  # values of a group's descriptor
+_LEVEL_CLOUDS = 32  # the first so many clouds say how descriptors are spread
+_KEPT_CLOUDS = 1000  # clouds whose descriptors stay in memory, about 0.5 MB each
 
 
 class CloudSource(Protocol):
@@ -52,21 +58,41 @@ class CloudSource(Protocol):
         ...
 
 
+class Schedule(Protocol):
+    """The part of a config that says how the learning rate runs."""
+
+    @property
+    def steps(self) -> int: ...
+
+    @property
+    def lr(self) -> float: ...
+
+    @property
+    def lowest_lr(self) -> float: ...
+
+    @property
+    def warmup(self) -> float: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class PretrainingConfig:
     """How to pre-train; the ranges are (least, most), drawn anew at every step."""
 
     size: str = "small"  # of the encoder, see `point_transformer.SIZES`
     steps: int = 800  # updates
-    batch_size: int = 16  # clouds (paper 128)
-    points: int = 4096  # of a cloud, drawn from those that there are (paper 1024)
-    groups: tuple[int, int] = (48, 80)  # (paper 64)
-    group_size: tuple[int, int] = (24, 32)  # points of a group (paper 32)
-    mask_ratio: float = 0.6  # share of the groups that is hidden
+    batch_size: int = 8  # clouds (paper 128)
+    points: int = 6144  # of a cloud, drawn from those that there are (paper 1024)
+    groups: tuple[int, int] = (96, 160)  # (paper 64)
+    group_size: tuple[int, int] = (48, 96)  # points of a group (paper 32)
+    mask_ratio: float = 0.4  # share of the groups that is hidden (paper 0.6)
     masking: Masking = "random"
     loss: Loss = "l2"
     normalise: bool = True  # measure the loss in units of the visible groups' extent (paper: not)
     visible_weight: float = 1.0  # of the loss of groups that are not hidden (paper 0)
+    shape_weight: float = 1.0  # of telling the groups' histograms, Eq. 6 of `PointMAE`; 0: not (paper)
+    normal_radius: float = 0.05  # within which normals are estimated for them, in units of the cloud's radius
+    shape_radius: float = 0.125  # within which their angles are counted
+    branch_scale: float = 0.1  # of positions and of what blocks add to a token, at the start (paper: as drawn, 1)
     decoder_blocks: int = 2  # (paper 4)
     drop_path: float = 0.0  # (paper 0.1)
     lr: float = 1e-3  # at its highest
@@ -74,7 +100,7 @@ class PretrainingConfig:
     warmup: float = 0.05  # share of the steps over which the rate rises (paper 10 of 300 epochs)
     weight_decay: float = 0.05  # not on one-dimensional tensors
     turn: bool = True  # turn clouds about the camera's axis by any angle (paper: not)
-    scale: tuple[float, float] = (0.8, 1.25)  # every axis by a factor of its own (paper 2/3 to 3/2)
+    scale: tuple[float, float] = (1.0, 1.0)  # every axis by a factor of its own (paper 2/3 to 3/2)
     shift: float = 0.0  # every axis by up to this much either way, after the scaling (paper 0.2)
     seed: int = 0
 
@@ -101,6 +127,11 @@ class PretrainingConfig:
                 f"pre-training: needs lr > 0, lowest_lr in [0, lr] and warmup in [0, 1), got {self.lr}, "
                 f"{self.lowest_lr} and {self.warmup}"
             )
+        if self.shape_weight < 0 or not (self.normal_radius > 0 and self.shape_radius > 0):
+            raise ConfigError(
+                "pre-training: `shape_weight` must be 0 or more and both radii above 0, got "
+                f"{self.shape_weight}, {self.normal_radius} and {self.shape_radius}"
+            )
         if self.points < max(self.groups[1], self.group_size[1]):
             raise ConfigError(
                 f"pre-training: {self.points} points are fewer than {self.groups[1]} groups or {self.group_size[1]} "
@@ -114,8 +145,11 @@ PAPER: dict[str, Any] = {
     "points": 1024,
     "groups": (64, 64),
     "group_size": (32, 32),
+    "mask_ratio": 0.6,
     "normalise": False,
     "visible_weight": 0.0,
+    "shape_weight": 0.0,
+    "branch_scale": 1.0,
     "decoder_blocks": 4,
     "drop_path": 0.1,
     "turn": False,
@@ -177,6 +211,8 @@ def pretrain(
             points=config.group_size[0],
             drop_path=config.drop_path,
             normalise=config.normalise,
+            branch_scale=config.branch_scale,
+            targets=HISTOGRAM if config.shape_weight else 0,
         )
     network.to(accelerator).train()
     network.encoder.eval()  # the fast form of the token PointNet, with the same gradients
@@ -186,26 +222,18 @@ def pretrain(
     curve: list[tuple[int, float]] = []
     recent: list[float] = []
     if resume and checkpoint is not None and checkpoint.is_file():
-        start, curve, recent, before = _load(checkpoint, identity, network, optimizer)
+        start, curve, recent, before = load_run(checkpoint, identity, network, optimizer)
     elif resume:
         log.warning("nothing to resume: there is no checkpoint at '%s'; training from the start", checkpoint)
-    if cooldown is not None and not (start > 0 and 1 <= cooldown <= config.steps - start):
-        raise ConfigError(
-            f"a cooldown of {cooldown} updates needs a checkpoint to go on from, and as many updates that are left: "
-            f"{start} of {config.steps} are made"
-        )
+    rates, stop = plan_rates(config, start, stop_after, cooldown)
+    checkpoint = None if cooldown is not None else checkpoint
     began = saved = time.monotonic()
-    stop = config.steps if stop_after is None else min(config.steps, stop_after)
-    rates = [learning_rate(config, step) for step in range(config.steps)]
-    if cooldown is not None:
-        stop, checkpoint = start + cooldown, None
-        fall = rates[start] - config.lowest_lr
-        rates[start:stop] = [config.lowest_lr + fall * (1 - (n + 1) / cooldown) for n in range(cooldown)]
+    clouds = _Clouds(source, config)
     progress = progress or Progress()
     with progress, progress.task(f"point-mae {config.size}", stop) as advance:
         advance(start)
         for step in range(start, stop):
-            loss = _update(network, optimizer, source, config, step, rates[step], accelerator)
+            loss = _update(network, optimizer, clouds, config, step, rates[step], accelerator)
             recent.append(loss)
             if len(recent) == CURVE_EVERY or step + 1 == (stop if cooldown else config.steps):
                 curve.append((step + 1, sum(recent) / len(recent)))
@@ -213,7 +241,7 @@ def pretrain(
             advance(1, note=f"loss {sum(recent[-20:], loss) / (len(recent[-20:]) + 1):.3g}")
             if checkpoint is not None and (time.monotonic() - saved > save_every or step + 1 == stop):
                 spent = before + time.monotonic() - began
-                _save(checkpoint, identity, network, optimizer, step + 1, curve, recent, spent)
+                save_run(checkpoint, identity, network, optimizer, step + 1, curve, recent, spent)
                 saved = time.monotonic()
     network.eval()
     seconds = before + time.monotonic() - began
@@ -258,13 +286,33 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, 
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
 
 
-def learning_rate(config: PretrainingConfig, step: int) -> float:
+def learning_rate(config: Schedule, step: int) -> float:
     """The rate of update `step`, from 0: linear from `lowest_lr` to `lr`, then half a cosine back."""
     warm = int(config.warmup * config.steps)
     if step < warm:
         return config.lowest_lr + (config.lr - config.lowest_lr) * step / warm
     share = (step - warm) / max(1, config.steps - 1 - warm)
     return config.lowest_lr + (config.lr - config.lowest_lr) * (1 + math.cos(math.pi * share)) / 2
+
+
+def plan_rates(config: Schedule, start: int, stop_after: int | None, cooldown: int | None) -> tuple[list[float], int]:
+    """The rate of every update, and the update before which to stop, for a run of which `start` updates are made.
+
+    Raises:
+        ConfigError: nothing to cool down from, or fewer updates left than asked for.
+    """
+    if cooldown is not None and not (start > 0 and 1 <= cooldown <= config.steps - start):
+        raise ConfigError(
+            f"a cooldown of {cooldown} updates needs a checkpoint to go on from, and as many updates that are left: "
+            f"{start} of {config.steps} are made"
+        )
+    stop = config.steps if stop_after is None else min(config.steps, stop_after)
+    rates = [learning_rate(config, step) for step in range(config.steps)]
+    if cooldown is not None:
+        stop = start + cooldown
+        fall = rates[start] - config.lowest_lr
+        rates[start:stop] = [config.lowest_lr + fall * (1 - (n + 1) / cooldown) for n in range(cooldown)]
+    return rates, stop
 
 
 def augment(points: Tensor, config: PretrainingConfig, generator: torch.Generator) -> Tensor:
@@ -279,28 +327,83 @@ def augment(points: Tensor, config: PretrainingConfig, generator: torch.Generato
     return points * factors + config.shift * (2 * torch.rand(3, generator=generator) - 1)
 
 
-def draw_batch(source: CloudSource, config: PretrainingConfig, step: int) -> tuple[Tensor, Tensor]:
-    """Groups (B, G, M, 3) minus their centres, and centres (B, G, 3), of update `step`.
+def shape_histograms(points: Tensor, normal_radius: float, shape_radius: float) -> Tensor:
+    """FPFH (N, 33) of a cloud (N, 3) in the unit frame whose camera looks along +z, each of the 3 blocks summing to 1.
+
+    Normals point to the camera, so turning the cloud about its axis changes nothing.
+    """
+    normals = estimate_normals(points[None], radius=normal_radius)
+    normals = torch.where(normals[..., 2:] > 0, -normals, normals)
+    return fpfh(points[None], normals, radius=shape_radius)[0] / 200
+
+
+class _Clouds:
+    """The clouds as training sees them, and the descriptors of their points."""
+
+    def __init__(self, source: CloudSource, config: PretrainingConfig) -> None:
+        self.source, self.config = source, config
+        self._described = lru_cache(maxsize=_KEPT_CLOUDS)(self._describe)
+        self._levels: tuple[Tensor, Tensor] | None = None
+
+    def draw(self, index: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """Points (N, 3) in an order drawn at random, at most `points`, and their histograms (N, 33)."""
+        if not self.config.shape_weight:
+            points = self._cloud(index)
+            return points[torch.randperm(len(points), generator=generator)[: self.config.points]], None
+        points, histograms = self._described(index)
+        order = torch.randperm(len(points), generator=generator)
+        return points[order], histograms[order].float()
+
+    def standardise(self, histograms: Tensor) -> Tensor:
+        """Descriptors (..., 33) of groups' mean histograms: roots, less their mean, in units of their deviation."""
+        if self._levels is None:
+            parts = [self._described(index)[1][::16] for index in range(min(_LEVEL_CLOUDS, len(self.source)))]
+            std, mean = torch.std_mean(torch.cat(parts).float().sqrt(), 0)
+            self._levels = mean, std.clamp(min=0.01)
+        mean, std = self._levels
+        return (histograms.sqrt() - mean) / std
+
+    def _cloud(self, index: int) -> Tensor:
+        c = self.config
+        points = torch.from_numpy(self.source.cloud(index))
+        if len(points) < max(c.groups[1], c.group_size[1]):
+            raise DataError(
+                f"cloud {index} has {len(points)} points, fewer than {c.groups[1]} groups or {c.group_size[1]} points "
+                "of a group: leave it out or lower `groups` and `group_size`"
+            )
+        return points
+
+    def _describe(self, index: int) -> tuple[Tensor, Tensor]:
+        c = self.config
+        points = self._cloud(index)
+        generator = torch.Generator().manual_seed(derive_seed(c.seed, 4, index))
+        points = points[torch.randperm(len(points), generator=generator)[: c.points]]
+        frame = to_unit_frame(points[None])[0]
+        return points, shape_histograms(frame, c.normal_radius, c.shape_radius).half()
+
+
+def draw_batch(
+    source: CloudSource | _Clouds, config: PretrainingConfig, step: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Groups (B, G, M, 3) minus their centres, centres (B, G, 3) and descriptors (B, G, 33), if any, of update `step`.
 
     Raises:
         DataError: a cloud has fewer points than groups or than a group is large (names it).
     """
+    clouds = source if isinstance(source, _Clouds) else _Clouds(source, config)
     generator = torch.Generator().manual_seed(derive_seed(config.seed, 1, step))
     G, M = (_between(low, high, generator) for low, high in (config.groups, config.group_size))
-    groups, centres = [], []
-    for index in _indices(len(source), config, step):
-        points = torch.from_numpy(source.cloud(index))
-        if len(points) < max(G, M):
-            raise DataError(
-                f"cloud {index} has {len(points)} points, fewer than {G} groups or {M} points of a group: leave it out "
-                "or lower `groups` and `group_size`"
-            )
-        points = points[torch.randperm(len(points), generator=generator)[: config.points]]
+    groups, centres, descriptors = [], [], []
+    for index in _indices(len(clouds.source), config, step):
+        points, histograms = clouds.draw(index, generator)
         points = augment(points, config, generator)[None]
         chosen = points[:, farthest_points(points, G)[0]]  # the first point is drawn: the order is
-        groups.append(group(points, chosen, nearest_neighbours(chosen, points, M).rows))
+        rows = nearest_neighbours(chosen, points, M).rows
+        groups.append(group(points, chosen, rows))
         centres.append(chosen)
-    return torch.cat(groups), torch.cat(centres)
+        if histograms is not None:
+            descriptors.append(clouds.standardise(histograms[rows].mean(2)))
+    return torch.cat(groups), torch.cat(centres), torch.cat(descriptors) if descriptors else None
 
 
 def _indices(count: int, config: PretrainingConfig, step: int) -> list[int]:
@@ -322,19 +425,23 @@ def _between(low: int, high: int, generator: torch.Generator) -> int:
 def _update(
     network: PointMAE,
     optimizer: torch.optim.Optimizer,
-    source: CloudSource,
+    clouds: _Clouds,
     config: PretrainingConfig,
     step: int,
     rate: float,
     device: str,
 ) -> float:
-    groups, centres = draw_batch(source, config, step)
+    groups, centres, descriptors = draw_batch(clouds, config, step)
     generator = torch.Generator().manual_seed(derive_seed(config.seed, 3, step))
     hidden = hide_groups(centres, config.mask_ratio, config.masking, generator)
     groups, centres, hidden = groups.to(device), centres.to(device), hidden.to(device)
     for entry in optimizer.param_groups:
         entry["lr"] = rate
-    loss = network.loss(groups, centres, hidden, generator, config.loss, config.visible_weight)
+    if descriptors is not None:
+        descriptors = descriptors.to(device)
+    loss = network.loss(
+        groups, centres, hidden, generator, config.loss, config.visible_weight, descriptors, config.shape_weight
+    )
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
@@ -349,30 +456,35 @@ def _identity(source: CloudSource, config: PretrainingConfig) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _save(
+def save_run(
     path: Path,
     identity: str,
-    network: PointMAE,
+    network: nn.Module,
     optimizer: torch.optim.Optimizer,
     step: int,
     curve: list[tuple[int, float]],
     recent: list[float],
     seconds: float,
 ) -> None:
+    """Write a checkpoint that `load_run` goes on from; `identity` tells one run from another."""
     tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
     moments, plain = flatten_state(optimizer.state_dict(), "optimizer")
     header = {"format": FORMAT, "checkpoint": identity, "step": step, "curve": curve, "recent": recent}
     write_tensors(path, tensors | moments, header | {"seconds": seconds, "optimizer": plain})
 
 
-def _load(
-    path: Path, identity: str, network: PointMAE, optimizer: torch.optim.Optimizer
+def load_run(
+    path: Path, identity: str, network: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[int, list[tuple[int, float]], list[float], float]:
-    """Bring network and optimizer to where `path` was written: updates made, curve, latest losses, seconds."""
+    """Bring network and optimizer to where `path` was written: updates made, curve, latest losses, seconds.
+
+    Raises:
+        ConfigError: the checkpoint is of another run.
+    """
     header, tensors = read_tensors(path)
     if header.get("checkpoint") != identity:
         raise ConfigError(
-            f"the checkpoint '{path}' is from another pre-training (other settings, seed or clouds): "
+            f"the checkpoint '{path}' is from another pre-training (other settings, seed or data): "
             "train with the same ones, or without --resume to start anew"
         )
     network.load_state_dict({n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")})

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from ..backbones.image import ImageBackbone
 from ..backbones.point_transformer import Statistics
 from ..backbones.points import PointBackbone, patch_features
+from ..errors import ConfigError
 from ..geometry.interpolation import LinearMap, enlarge_at, pool_pixels_at
 from ..samples import Batch, Features
 from .patches import join_stages
@@ -91,7 +92,12 @@ def image_backbone(
     """The image backbone of these methods; of a plain vision transformer the normed tokens, as they use DINO.
 
     `blocks`: how many of its first blocks are kept, see `ImageBackbone`.
+
+    Raises:
+        ConfigError: `blocks` of another network, whose blocks these methods do not count.
     """
+    if blocks is not None and not is_plain_vit(name):
+        raise ConfigError(f"`blocks` is for transformers on one grid (vit_...), '{name}' is none: leave it None")
     return ImageBackbone(
         name,
         reductions=reductions,

@@ -125,7 +125,7 @@ KNOWN: dict[str, KnownWeights] = {
     ),
     "point_mae_small": KnownWeights(
         kind="points",
-        files={"point_mae_small.safetensors": "8b2b4a9dcdf86a7bde1fdf982f50d8f0fb185db68129d7677f904b685d3de5d1"},
+        files={"point_mae_small.safetensors": "2d8f9acdb911747324b603a3c7dc62dc983a85d0697b9d7ecc9c43f95be42aec"},
         shipped="point_mae_small.safetensors",
         licence="Apache-2.0 (polyspect)",
         note="Point-MAE pre-trained by us on made-up shapes, the offline default for points",
@@ -144,7 +144,7 @@ KNOWN: dict[str, KnownWeights] = {
     ),
     "pdn_small": KnownWeights(
         kind="patches",
-        files={"pdn_small.safetensors": ""},
+        files={"pdn_small.safetensors": "53ecee9f28a37156c470e16816112a5b589b7bb193e5d24283e0eb55912de035"},
         shipped="pdn_small.safetensors",
         licence="Apache-2.0 (polyspect)",
         note="small patch description network distilled by us from efficientnet_lite0",
