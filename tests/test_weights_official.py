@@ -52,6 +52,7 @@ from published_networks import (
     fusion,
     i2f,
     mapping,
+    signed_distance,
 )
 from tiny import TinyParts, tiny_batch
 
@@ -125,6 +126,7 @@ FILES = {
     "cmdiad-i2f": network_file(i2f()),
     "cfm": network_file(mapping(6, 4, big=True)),
     "point-mae": network_file(POINT_MAE, "base_model"),
+    "shape-guided": lambda: {"sdf_model": filled_state(signed_distance(6)), "epoch": 64},
     "ast-teacher": lambda: {"state_dict": filled_state(ast_teacher(6, 4)), "epoch": 64},
     "ast-student": lambda: {"state_dict": filled_state(ast_student(6, 8)), "epoch": 64},
 }
@@ -137,6 +139,7 @@ NETWORKS = {  # tensors that such a file must hold, counters of norms aside
     "cmdiad-i2f": 2 * 5 + 12 * 15 + 5 + 2,
     "cfm": 14,
     "point-mae": 154,
+    "shape-guided": 59,
     "ast-teacher": 40,
     "ast-student": 52,
 }
@@ -157,7 +160,7 @@ def flat(content):
 
 def bare(content):
     """All tensors of a file under the names that a file without any wrapper would have."""
-    wrapper = next((f"{name}." for name in ("state_dict", "base_model", "model") if name in content), "")
+    wrapper = next((f"{name}." for name in ("state_dict", "base_model", "model", "sdf_model") if name in content), "")
     return {name.removeprefix(wrapper): x for name, x in flat(content).items()}
 
 

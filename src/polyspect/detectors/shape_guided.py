@@ -402,7 +402,7 @@ class ShapeGuided(Detector):
         return s_rgb, rgb, s_3d, cloud_map
 
     def cloud(self, features: Features, index: int) -> Cloud | None:
-        """The patches of part `index` and their codes; one of fewer points than a patch is one patch; None: none."""
+        """The patches of part `index` and their codes; those of a small part are all of it; None: no point."""
         c, net, part = self.config, cast(SignedDistance, self.distance), features["part"][index]
         pixels = part.flatten().nonzero()[:, 0]  # N
         if not len(pixels):
@@ -447,7 +447,7 @@ class ShapeGuided(Detector):
         if c.guided and found is not None:
             bank = bank[self.candidates(found.rows)]
         residual = values.new_zeros(len(values))
-        if len(bank) < c.k_rgb + skip:  # too few cells belong to such shapes: all may be used
+        if len(bank) <= skip:  # no cell belongs to such shapes: all may be used
             bank = self.colours
         residual[asked] = self._rebuild(values[asked], bank, c.k_rgb, skip).distance
         size = (part.shape[0], part.shape[1])
@@ -464,7 +464,7 @@ class ShapeGuided(Detector):
         return chosen
 
     def _rebuild(self, queries: Tensor, bank: Tensor, k: int, skip: int) -> Rebuilt:
-        """S_k: at least `ATOMS` + `skip` rows are there."""
+        """S_k, from as many rows as there are; more than `skip`."""
         count = min(k, len(bank) - skip)
         found = rebuild(queries, bank, count, min(ATOMS, count), skip=skip)
         if self.config.reconstruction == "sparse":
