@@ -3,6 +3,8 @@
     python benchmarks/point_mae.py                                     # the table of docs/networks.md
     python benchmarks/point_mae.py --weights other.safetensors --layers 7 --categories gear
 
+With `--weights fpfh` the features are FPFH histograms, what the network learned to tell of each group.
+
 Per category: parts are rendered and prepared as for BTF (224 pixels, the table removed), brought to the unit frame,
 grouped once, and seen through the same network with random and with trained weights. Group features are interpolated to
 pixels and pooled to 56 x 56 patches; a tenth of the training patches is the memory bank; a patch's score is the
@@ -24,6 +26,7 @@ from polyspect.backbones.point_weights import load_point_transformer
 from polyspect.data.preparation import PREPARATIONS, prepare
 from polyspect.data.synthetic import CATEGORIES, DEFECTS, make_part
 from polyspect.data.synthetic.part import part_seed
+from polyspect.fitting.pretraining import PretrainingConfig, shape_histograms
 from polyspect.geometry.interpolation import LinearMap, groups_to_patches
 from polyspect.geometry.neighbours import group, nearest_neighbours
 from polyspect.geometry.sampling import farthest_points
@@ -54,13 +57,17 @@ class Part:
         self.measured = self.patches.apply(torch.ones(1, a.groups, 1))[0, :, 0] > 0.5  # h*w
 
     @torch.no_grad()
-    def features(self, network: PointTransformer) -> Tensor:
-        """(h*w, C)."""
-        h = network(group(self.points, self.centres, self.rows), self.centres)
+    def features(self, network: PointTransformer | None) -> Tensor:
+        """(h*w, C); of FPFH, averaged over the groups, where there is no network."""
+        if network is not None:
+            h = network(group(self.points, self.centres, self.rows), self.centres)
+        else:
+            settings = PretrainingConfig()
+            h = shape_histograms(self.points[0], settings.normal_radius, settings.shape_radius)[self.rows].mean(2)
         return self.patches.apply(h)[0]
 
 
-def score(parts: dict[str, list[Part]], network: PointTransformer, seed: int) -> dict[str, float | None]:
+def score(parts: dict[str, list[Part]], network: PointTransformer | None, seed: int) -> dict[str, float | None]:
     """Metrics of the test parts behind a memory bank of the training parts."""
     bank = MemoryBank("points", ratio=0.1, seed=seed)
     for part in parts["train"]:
@@ -87,14 +94,14 @@ def main() -> None:
     parser.add_argument("--groups", type=int, default=512)
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--name", default="point_mae_small")
-    parser.add_argument("--weights", nargs="+", default=["random", "auto"], help="random, auto or files")
+    parser.add_argument("--weights", nargs="+", default=["random", "auto"], help="random, auto, files, or fpfh: none")
     parser.add_argument("--layers", nargs="+", default=["default"], help="e.g. 2,5,7 7; all are tried")
     parser.add_argument("--seed", type=int, default=0)
     a = parser.parse_args()
-    networks = {}
+    networks: dict[str, PointTransformer | None] = {"fpfh": None} if "fpfh" in a.weights else {}
     for layers in a.layers:
         blocks = None if layers == "default" else [int(block) for block in layers.split(",")]
-        for weights in a.weights:
+        for weights in [weights for weights in a.weights if weights != "fpfh"]:
             loaded = load_point_transformer(a.name, layers=blocks, weights=weights, seed=a.seed)
             assert loaded.frame == "unit"
             networks[f"{weights} {layers}"] = loaded.network
