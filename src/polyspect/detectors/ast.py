@@ -8,9 +8,9 @@ On a grid of cells (h, w):
     z_t = T(x, e)   teacher: Real-NVP flow (`layers.flow.Flow`), learns the density of good features
     z_s = S(x, e)   student: residual convolutions, or for comparison a flow like the teacher
 
-    L_T = mean over cells of  m (0.5 |z_t|^2 - log|det dz_t/dx|)                                         (Eq. 4, masked)
-    L_S = mean over cells of  D,   D = m mean_c (z_t - z_s)^2                                            (Eqs. 5-6)
-    A = up8(m D),  score = max A with depth, mean D over cells without                                   (Sec. 3.4)
+    L_T = mean over cells of  m (0.5 |z_t|^2 - log|det dz_t/dx|)                                         (1)
+    L_S = mean over cells of  D,   D = m mean_c (z_t - z_s)^2                                            (2)
+    A = up8(m D),  score = max A with depth, mean D over cells without                                   (3)
 
 A flow is one-to-one: off the good parts it gives z that a plain network has never seen and cannot guess, where a
 student of the teacher's own kind would err alike. The two are trained one after the other on cached features.
@@ -52,37 +52,37 @@ class ASTConfig:
 
     modalities: tuple[str, ...] = ("rgb", "depth")  # depth is folded, any other view goes through the backbone
     # features
-    backbone: str = "efficientnet_lite0"  # timm name; Sec. 4.2: EfficientNet-B5, see preset `paper`
+    backbone: str = "efficientnet_lite0"  # timm name; the paper: EfficientNet-B5, see preset `paper`
     weights: str = "auto"  # where the backbone's weights come from: see `ImageBackbone`
-    reduction: int = 16  # pixels of the prepared part per cell; Sec. 4.2: 32, of 768
+    reduction: int = 16  # pixels of the prepared part per cell; the paper: 32, of 768
     backbone_blocks: int | None = None  # EfficientNets: end behind this block (from 1); the paper: 6; None: the last
     pad: Literal["same", "static456"] = "same"  # TensorFlow's padding: by the image, or as for 456 pixels (the code)
     depth_scale: float = 100.0  # what prepared depth is multiplied by: metres to centimetres
     standardise: bool = False  # True: channels to mean 0 and deviation 1 over the good parts; not in the paper
     # the mask, from the foreground of the 3D view; none without a geometric modality
     mask: Literal["soft", "hard"] = "soft"  # the cell's share, or 1 for any share (paper, Eq. 5)
-    mask_train: bool = True  # in both losses, Tab. 6
-    mask_eval: bool = True  # in map and score, Tab. 6
+    mask_train: bool = True  # in both losses; the paper ablates it
+    mask_eval: bool = True  # in map and score
     square_mask: bool = True  # twice in the map, as the code; no effect on a hard mask
     mask_features: bool = False  # True: cells off the part enter the networks as 0; not in the paper
-    pos_enc: bool = True  # positional encoding for both networks, Tab. 6
+    pos_enc: bool = True  # positional encoding for both networks; the paper ablates it
     # the networks
     teacher_hidden: int = 64  # channels inside the couplings; paper, 2D: 1024
     clamp: float = 1.9  # bound of the logarithm of a coupling's scale; paper, 2D: 3
-    student: Literal["cnn", "flow"] = "cnn"  # flow: Tab. 4's symmetric pair
-    student_blocks: int = 4  # residual blocks, or couplings of a flow; Tab. 5: 1, 2, 4, 8, 12
-    student_width: int = 1024  # channels inside the convolutional student, Sec. 4.2
+    student: Literal["cnn", "flow"] = "cnn"  # flow: the symmetric pair that the paper compares with
+    student_blocks: int = 4  # residual blocks, or couplings of a flow; the paper tries 1, 2, 4, 8, 12
+    student_width: int = 1024  # channels inside the convolutional student
     slope: float = 0.01  # of the student's LeakyReLU below zero; paper 0.2
     checkpoint: tuple[str, ...] | None = None  # files to use as they are: the teacher's, or the teacher's and student's
     # training
     epochs: int = 72  # passes over the training parts, for each network (code: 3 x 24)
-    batch_size: int = 8  # parts per step, Sec. 4.2
-    learning_rate: float = 2e-4  # of Adam, Sec. 4.2
+    batch_size: int = 8  # parts per step
+    learning_rate: float = 2e-4  # of Adam
     betas: tuple[float, float] = (0.9, 0.999)  # of Adam
     lr_decay: float = 1.0  # the learning rate is multiplied by it after each epoch; 1: none
-    weight_decay: float = 1e-5  # of Adam, on the gradient, Sec. 4.2
+    weight_decay: float = 1e-5  # of Adam, on the gradient
     # score
-    score: Literal["student", "likelihood"] = "student"  # likelihood: the teacher alone, Tab. 4
+    score: Literal["student", "likelihood"] = "student"  # likelihood: the teacher alone, as in an ablation
     aggregation: Literal["auto", "max", "mean"] = "auto"  # of the map; auto: max with a geometric view, mean without
     seed: int = 0  # of both networks' first weights
 
@@ -227,13 +227,13 @@ class AST(Detector):
         return [levels, *needed] if self.config.standardise else needed
 
     def teacher_loss(self, features: Features) -> dict[str, Tensor]:
-        """L_T: the negative log-likelihood of good features, without its constant."""
+        """Eq. 1: the negative log-likelihood of good features, without its constant."""
         z, log_det = self.teacher(self._inputs(features))
         weight = self._weight(features) if self.config.mask_train else None
         return {"likelihood": likelihood_loss(z, log_det, weight).mean()}
 
     def student_loss(self, features: Features) -> dict[str, Tensor]:
-        """L_S: the mean squared difference between the two."""
+        """Eq. 2: the mean squared difference between the two."""
         x = self._inputs(features)
         with torch.no_grad():
             z, _ = self.teacher(x)
@@ -241,7 +241,7 @@ class AST(Detector):
         return {"imitation": imitation_loss(z, self._imitate(x), weight).mean()}
 
     def score(self, features: Features) -> Prediction:
-        """Map, brought from cells to pixels, and its largest value or the mean over cells."""
+        """Eq. 3: the map, brought from cells to pixels, and its largest value or the mean over cells."""
         weight = self._weight(features) if self.config.mask_eval else None
         with evaluating(self.teacher), evaluating(self.student):
             x = self._inputs(features)
@@ -254,7 +254,7 @@ class AST(Detector):
             shown = _lowest_off_part(cells, weight)
         elif weight is not None and self.config.square_mask:
             shown = masked * weight[:, None]
-        fine = F.interpolate(shown, scale_factor=FOLD, mode="bicubic", align_corners=False)  # A
+        fine = F.interpolate(shown, scale_factor=FOLD, mode="bicubic", align_corners=False)  # A, Eq. 3
         by_mean = self.config.aggregation == "mean" or (self.config.aggregation == "auto" and not self.config.masked)
         score = masked[:, 0].mean((1, 2)) if by_mean else fine[:, 0].flatten(1).amax(1)
         size = features["valid"].shape[-2:]
