@@ -229,6 +229,16 @@ def test_a_part_without_points_is_judged_by_rgb(fitted):
     assert_close(prediction.score[0], s_rgb)
 
 
+def test_a_known_shape_is_no_missing_one(fitted):
+    detector = switched(fitted, reconstruction="nearest")
+    batch = tiny_batch([2])
+    batch.images["rgb"] = tiny_batch([90]).images["rgb"]
+    s_rgb, _, s_3d, _ = detector.judge(detector.extract(batch), 0)
+    assert float(s_rgb) > 1e-2
+    assert float(s_3d) == 0  # the very codes of the memory
+    assert float(detector(batch).score[0]) == 0
+
+
 def test_a_part_smaller_than_a_patch_is_whole_in_each_of_its_patches(fitted):
     batch = tiny_batch([73])
     keep = torch.zeros_like(batch.valid)
