@@ -133,6 +133,16 @@ def test_a_part_of_the_memory_is_rebuilt_from_itself_unless_its_own_rows_are_ski
     assert float(s_rgb) > 1e-2
 
 
+def test_sparse_coding_need_not_find_a_row_of_the_memory_again(fitted):
+    features = fitted.extract(tiny_batch([2]))
+    cloud = fitted.cloud(features, 0)
+    _, _, s_3d, _ = fitted.judge(features, 0)
+    found = rebuild(cloud.codes, fitted.codes, 10, 3)
+    assert_close(found.rows[:, 0], (torch.cdist(cloud.codes, fitted.codes)).argmin(1))
+    assert_close(cloud.codes, fitted.codes[found.rows[:, 0]], rtol=1e-5, atol=1e-6)  # each is there
+    assert float(s_3d) > 1e-3  # and a longer row won the first choice
+
+
 def test_the_maps_are_written_out(fitted):
     detector = switched(fitted, blur="none")
     features = detector.extract(tiny_batch([70], defect=True))
@@ -227,6 +237,16 @@ def test_a_part_without_points_is_judged_by_rgb(fitted):
     assert float(s_3d) == 0
     assert not xyz.any()
     assert_close(prediction.score[0], s_rgb)
+
+
+def test_a_known_shape_is_no_missing_one(fitted):
+    detector = switched(fitted, reconstruction="nearest")
+    batch = tiny_batch([2])
+    batch.images["rgb"] = tiny_batch([90]).images["rgb"]
+    s_rgb, _, s_3d, _ = detector.judge(detector.extract(batch), 0)
+    assert float(s_rgb) > 1e-2
+    assert float(s_3d) == 0  # the very codes of the memory
+    assert float(detector(batch).score[0]) == 0
 
 
 def test_a_part_smaller_than_a_patch_is_whole_in_each_of_its_patches(fitted):

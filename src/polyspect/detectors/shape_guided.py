@@ -379,7 +379,8 @@ class ShapeGuided(Detector):
         branches = {"rgb": aligned, "xyz": cloud}
         smoothed = {name: smooth(maps, c.blur, c.blur_sigma) for name, maps in branches.items()}
         fused = smooth(torch.maximum(aligned, cloud), c.blur, c.blur_sigma)
-        score = torch.where(s_3d > 0, s_3d * s_rgb, s_rgb)  # a part without points is judged by RGB
+        seen = features["part"].flatten(1).any(1)
+        score = torch.where(seen, s_3d * s_rgb, s_rgb)  # a part without points is judged by RGB
         return Prediction(score=score, map=fused, branch_maps=smoothed)
 
     def judge(self, features: Features, index: int, skip: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
