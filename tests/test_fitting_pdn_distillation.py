@@ -30,7 +30,7 @@ from polyspect.fitting.pdn_distillation import (
     pooling_kernel,
     write_network,
 )
-from polyspect.fitting.pretraining import learning_rate
+from polyspect.fitting.updates import learning_rate
 from polyspect.weights.convert import load_state, read_metadata
 from polyspect.weights.known import KNOWN
 
@@ -216,7 +216,7 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path):
     assert torch.equal(second.targets.std, whole.targets.std)
     assert second.curve == whole.curve
     assert second.curve[-1][0] == 4
-    with pytest.raises(ConfigError, match="another pre-training"):
+    with pytest.raises(ConfigError, match=r"from another run \(other settings, seed or data\)"):
         distil([Tiles(6)], config, device="cpu", checkpoint=file, resume=True)
     early = distil([Tiles()], config, device="cpu", checkpoint=file.with_name("none"), resume=True, stop_after=1)
     assert early.updates == 1

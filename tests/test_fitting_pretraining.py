@@ -23,12 +23,12 @@ from polyspect.fitting.pretraining import (
     PretrainingConfig,
     augment,
     draw_batch,
-    learning_rate,
     parameter_groups,
     pretrain,
     shape_histograms,
     write_encoder,
 )
+from polyspect.fitting.updates import learning_rate
 from polyspect.weights.convert import load_state, read_metadata
 
 QUICK = {"steps": 4, "batch_size": 2, "points": 300, "groups": (6, 8), "group_size": (5, 9), "decoder_blocks": 1}
@@ -196,7 +196,7 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path):
     assert all(torch.equal(tensor, state(second)[name]) for name, tensor in state(whole).items())
     assert second.curve == whole.curve
     assert second.curve[-1][0] == 4
-    with pytest.raises(ConfigError, match="another pre-training"):
+    with pytest.raises(ConfigError, match=r"from another run \(other settings, seed or data\)"):
         pretrain(Balls(), PretrainingConfig(**QUICK), device="cpu", checkpoint=file, resume=True)
 
 

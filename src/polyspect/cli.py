@@ -324,12 +324,7 @@ def _add_pretraining(command: Callable[..., argparse.ArgumentParser]) -> None:
         "--shape-weight", type=float, help="weight of telling each group's histogram of angles; 0: do not (default: 1)"
     )
     sub.add_argument("--lr", type=float, help="highest learning rate (default: 0.001)")
-    sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
-    sub.add_argument("--fp32", action="store_true", help="store 32-bit numbers instead of 16-bit ones")
-    sub.add_argument("--resume", action="store_true", help="go on from the checkpoint beside --out")
-    sub.add_argument("--stop-after", type=int, metavar="N", help="save and stop once N updates are made")
-    sub.add_argument("--cooldown", type=int, metavar="N", help="with --resume: end early, after N more updates")
+    _add_updates(sub)
 
 
 def _add_distillation(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -372,6 +367,11 @@ def _add_distillation(command: Callable[..., argparse.ArgumentParser]) -> None:
         choices=["32-true", "bf16-mixed"],
         help="bf16-mixed is faster where the processor has bfloat16 (default: 32-true)",
     )
+    _add_updates(sub)
+
+
+def _add_updates(sub: argparse.ArgumentParser) -> None:
+    """Options of a run of updates that writes weights."""
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
     sub.add_argument("--fp32", action="store_true", help="store 32-bit numbers instead of 16-bit ones")

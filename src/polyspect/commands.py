@@ -6,12 +6,17 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from .errors import ConfigError, nearest_names
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .fitting.pdn_distillation import Distilled
+    from .fitting.pretraining import Pretrained
 
 
 def run_demo(a: argparse.Namespace) -> int:
@@ -430,26 +435,14 @@ def run_weights_pretrain(a: argparse.Namespace) -> int:
         cooldown=a.cooldown,
         progress=TerminalProgress(),
     )
-    if a.cooldown is None and trained.updates < config.steps:
-        text = f"{trained.updates} of {config.steps} updates made: go on with --resume ({checkpoint})"
-        _emit(a, {"checkpoint": str(checkpoint), "updates": trained.updates}, text)
-        return 0
-    write_encoder(out, trained, source, config, half=not a.fp32)
-    size, loss = out.stat().st_size, trained.curve[-1][1]
-    shown = {
-        "out": str(out),
-        "bytes": size,
-        "steps": trained.updates,
-        "loss": loss,
-        "seconds": round(trained.seconds, 1),
-    }
-    text = (
-        f"{out}: point transformer of size {config.size}, {size / 1e6:.2f} MB\n"
-        f"{trained.updates} updates on {len(source)} clouds in {trained.seconds / 60:.1f} min, last loss {loss:.4g}\n"
-        f"{checkpoint} is no longer needed"
+    return _emit_run(
+        a,
+        trained,
+        config.steps,
+        partial(write_encoder, out, trained, source, config, half=not a.fp32),
+        f"point transformer of size {config.size}",
+        f"on {len(source)} clouds",
     )
-    _emit(a, shown | {"curve": trained.curve}, text)
-    return 0
 
 
 def run_weights_distil(a: argparse.Namespace) -> int:
@@ -479,26 +472,42 @@ def run_weights_distil(a: argparse.Namespace) -> int:
         cooldown=a.cooldown,
         progress=TerminalProgress(),
     )
-    if a.cooldown is None and distilled.updates < config.steps:
-        text = f"{distilled.updates} of {config.steps} updates made: go on with --resume ({checkpoint})"
-        _emit(a, {"checkpoint": str(checkpoint), "updates": distilled.updates}, text)
+    return _emit_run(
+        a,
+        distilled,
+        config.steps,
+        partial(write_network, out, distilled, sources, config, half=not a.fp32),
+        f"patch description network of size {config.size}",
+        f"of {config.batch_size} pictures",
+        " (1 is the answer of a network that has learned nothing)",
+    )
+
+
+def _emit_run(
+    a: argparse.Namespace,
+    made: Pretrained | Distilled,
+    steps: int,
+    write: Callable[[], None],
+    what: str,
+    of: str,
+    measure: str = "",
+) -> int:
+    """Write the weights of a run that is at its end, or say how to go on with it."""
+    out = Path(a.out).expanduser()
+    checkpoint = out.with_suffix(".checkpoint.safetensors")
+    if a.cooldown is None and made.updates < steps:
+        text = f"{made.updates} of {steps} updates made: go on with --resume ({checkpoint})"
+        _emit(a, {"checkpoint": str(checkpoint), "updates": made.updates}, text)
         return 0
-    write_network(out, distilled, sources, config, half=not a.fp32)
-    size, loss = out.stat().st_size, distilled.curve[-1][1]
-    shown = {
-        "out": str(out),
-        "bytes": size,
-        "steps": distilled.updates,
-        "loss": loss,
-        "seconds": round(distilled.seconds, 1),
-    }
+    write()
+    size, loss = out.stat().st_size, made.curve[-1][1]
+    shown = {"out": str(out), "bytes": size, "steps": made.updates, "loss": loss, "seconds": round(made.seconds, 1)}
     text = (
-        f"{out}: patch description network of size {config.size}, {size / 1e6:.2f} MB\n"
-        f"{distilled.updates} updates of {config.batch_size} pictures in {distilled.seconds / 60:.1f} min, last loss "
-        f"{loss:.4g} (1 is the answer of a network that has learned nothing)\n"
+        f"{out}: {what}, {size / 1e6:.2f} MB\n"
+        f"{made.updates} updates {of} in {made.seconds / 60:.1f} min, last loss {loss:.4g}{measure}\n"
         f"{checkpoint} is no longer needed"
     )
-    _emit(a, shown | {"curve": distilled.curve}, text)
+    _emit(a, shown | {"curve": made.curve}, text)
     return 0
 
 

@@ -20,9 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-import math
-import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,10 +37,8 @@ from ..samples import Array
 from ..version import __version__
 from .engine import derive_seed, pick_accelerator
 from .modelfile import FORMAT, write_tensors
-from .pretraining import CURVE_EVERY, load_run, plan_rates, save_run
 from .progress import Progress
-
-log = logging.getLogger(__name__)
+from .updates import run_updates
 
 Precision = Literal["32-true", "bf16-mixed"]
 
@@ -214,13 +209,7 @@ def distil(
         sources: The pictures; each source gives as many as any other.
         config: How.
         device: auto, cpu, cuda or mps.
-        checkpoint: File that is written now and then; None for none. Left behind at the end.
-        resume: Go on from `checkpoint` where it is there.
-        save_every: Seconds between two checkpoints.
-        stop_after: Updates after which to save and stop, as if killed; None to go on to the end.
-        cooldown: With `resume`: end the run early, after so many further updates, over which the rate falls linearly
-            from where it is to the lowest. No checkpoint is written on the way.
-        progress: Shows how far it is.
+        checkpoint, resume, save_every, stop_after, cooldown, progress: See `updates.run_updates`.
 
     Raises:
         ConfigError: a setting out of range, an unknown backbone, or a checkpoint of another run.
@@ -234,37 +223,23 @@ def distil(
     run = _Run(config, targets).to(accelerator)
     run.student.to(memory_format=torch.channels_last)
     optimizer = torch.optim.Adam(run.student.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    identity = _identity(sources, config, targets)
-    start, before = 0, 0.0
-    curve: list[tuple[int, float]] = []
-    recent: list[float] = []
-    if resume and checkpoint is not None and checkpoint.is_file():
-        start, curve, recent, before = load_run(checkpoint, identity, run, optimizer)
-    elif resume:
-        log.warning("nothing to resume: there is no checkpoint at '%s'; training from the start", checkpoint)
-    rates, stop = plan_rates(config, start, stop_after, cooldown)
-    checkpoint = None if cooldown is not None else checkpoint
-    began = saved = time.monotonic()
-    progress = progress or Progress()
-    with progress:
-        if start == 0:
-            measure_targets(targets, sources, config, progress)
-        with progress.task(f"pdn {config.size}", stop) as advance:
-            advance(start)
-            for step in range(start, stop):
-                loss = _update(run, optimizer, sources, config, step, rates[step])
-                recent.append(loss)
-                if len(recent) == CURVE_EVERY or step + 1 == (stop if cooldown else config.steps):
-                    curve.append((step + 1, sum(recent) / len(recent)))
-                    recent = []
-                advance(1, note=f"loss {sum(recent[-20:], loss) / (len(recent[-20:]) + 1):.3g}")
-                if checkpoint is not None and (time.monotonic() - saved > save_every or step + 1 == stop):
-                    spent = before + time.monotonic() - began
-                    save_run(checkpoint, identity, run, optimizer, step + 1, curve, recent, spent)
-                    saved = time.monotonic()
-    seconds = before + time.monotonic() - began
+    outcome = run_updates(
+        f"pdn {config.size}",
+        run,
+        optimizer,
+        config,
+        lambda step: _loss(run, sources, config, step),
+        identity=_identity(sources, config, targets),
+        begin=lambda shown: measure_targets(targets, sources, config, shown),
+        checkpoint=checkpoint,
+        resume=resume,
+        save_every=save_every,
+        stop_after=stop_after,
+        cooldown=cooldown,
+        progress=progress,
+    )
     network = run.student.requires_grad_(False).eval()
-    return Distilled(network, targets, curve, seconds, max(start, stop), start if cooldown else None)
+    return Distilled(network, targets, *outcome)
 
 
 def write_network(
@@ -416,28 +391,12 @@ class _Run(nn.Module):
         self.register_buffer("std", targets.std)
 
 
-def _update(
-    run: _Run,
-    optimizer: torch.optim.Optimizer,
-    sources: Sequence[ImageSource],
-    config: DistillationConfig,
-    step: int,
-    rate: float,
-) -> float:
+def _loss(run: _Run, sources: Sequence[ImageSource], config: DistillationConfig, step: int) -> Tensor:
     image, enlarged = (x.to(run.mean.device) for x in draw_batch(sources, config, step))
     target = run.targets[0](enlarged, config.pixels // STRIDE)
-    for entry in optimizer.param_groups:
-        entry["lr"] = rate
     with torch.autocast(image.device.type, torch.bfloat16, enabled=config.precision == "bf16-mixed"):
         answer = run.student(image.contiguous(memory_format=torch.channels_last))
-    loss = F.mse_loss(answer.float(), target)  # Eq. 3
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise ConfigError(f"the loss of update {step + 1} is {value}: lower `lr`")
-    return value
+    return F.mse_loss(answer.float(), target)  # Eq. 3
 
 
 def _resized(image: Tensor, side: int) -> Tensor:

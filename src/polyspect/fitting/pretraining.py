@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
-import time
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -33,12 +31,10 @@ from ..geometry.unit import to_unit_frame
 from ..samples import Array
 from ..version import __version__
 from .engine import derive_seed, pick_accelerator
-from .modelfile import FORMAT, flatten_state, read_tensors, unflatten_state, write_tensors
+from .modelfile import FORMAT, write_tensors
 from .progress import Progress
+from .updates import run_updates
 
-log = logging.getLogger(__name__)
-
-CURVE_EVERY = 100  # steps whose losses are averaged to one entry of the curve
 HISTOGRAM = 3 * BINS  # values of a group's descriptor
 _LEVEL_CLOUDS = 32  # the first so many clouds say how descriptors are spread
 _KEPT_CLOUDS = 1000  # clouds whose descriptors stay in memory, about 0.5 MB each
@@ -56,22 +52,6 @@ class CloudSource(Protocol):
     def about(self) -> dict[str, Any]:
         """What the clouds are, as plain values: goes into the weights file and tells one source from another."""
         ...
-
-
-class Schedule(Protocol):
-    """The part of a config that says how the learning rate runs."""
-
-    @property
-    def steps(self) -> int: ...
-
-    @property
-    def lr(self) -> float: ...
-
-    @property
-    def lowest_lr(self) -> float: ...
-
-    @property
-    def warmup(self) -> float: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,13 +169,7 @@ def pretrain(
         source: The clouds.
         config: How.
         device: auto, cpu, cuda or mps.
-        checkpoint: File that is written now and then; None for none. Left behind at the end.
-        resume: Go on from `checkpoint` where it is there.
-        save_every: Seconds between two checkpoints.
-        stop_after: Updates after which to save and stop, as if killed; None to go on to the end.
-        cooldown: With `resume`: end the run early, after so many further updates, over which the rate falls linearly
-            from where it is to the lowest. No checkpoint is written on the way.
-        progress: Shows how far it is.
+        checkpoint, resume, save_every, stop_after, cooldown, progress: See `updates.run_updates`.
 
     Raises:
         ConfigError: a setting out of range, or a checkpoint of another run.
@@ -217,35 +191,23 @@ def pretrain(
     network.to(accelerator).train()
     network.encoder.eval()  # the fast form of the token PointNet, with the same gradients
     optimizer = torch.optim.AdamW(parameter_groups(network, config.weight_decay), lr=config.lr, betas=(0.9, 0.999))
-    identity = _identity(source, config)
-    start, before = 0, 0.0
-    curve: list[tuple[int, float]] = []
-    recent: list[float] = []
-    if resume and checkpoint is not None and checkpoint.is_file():
-        start, curve, recent, before = load_run(checkpoint, identity, network, optimizer)
-    elif resume:
-        log.warning("nothing to resume: there is no checkpoint at '%s'; training from the start", checkpoint)
-    rates, stop = plan_rates(config, start, stop_after, cooldown)
-    checkpoint = None if cooldown is not None else checkpoint
-    began = saved = time.monotonic()
     clouds = _Clouds(source, config)
-    progress = progress or Progress()
-    with progress, progress.task(f"point-mae {config.size}", stop) as advance:
-        advance(start)
-        for step in range(start, stop):
-            loss = _update(network, optimizer, clouds, config, step, rates[step], accelerator)
-            recent.append(loss)
-            if len(recent) == CURVE_EVERY or step + 1 == (stop if cooldown else config.steps):
-                curve.append((step + 1, sum(recent) / len(recent)))
-                recent = []
-            advance(1, note=f"loss {sum(recent[-20:], loss) / (len(recent[-20:]) + 1):.3g}")
-            if checkpoint is not None and (time.monotonic() - saved > save_every or step + 1 == stop):
-                spent = before + time.monotonic() - began
-                save_run(checkpoint, identity, network, optimizer, step + 1, curve, recent, spent)
-                saved = time.monotonic()
+    outcome = run_updates(
+        f"point-mae {config.size}",
+        network,
+        optimizer,
+        config,
+        lambda step: _loss(network, clouds, config, step, accelerator),
+        identity=_identity(source, config),
+        checkpoint=checkpoint,
+        resume=resume,
+        save_every=save_every,
+        stop_after=stop_after,
+        cooldown=cooldown,
+        progress=progress,
+    )
     network.eval()
-    seconds = before + time.monotonic() - began
-    return Pretrained(network, curve, seconds, max(start, stop), start if cooldown else None)
+    return Pretrained(network, *outcome)
 
 
 def write_encoder(
@@ -284,35 +246,6 @@ def parameter_groups(network: nn.Module, weight_decay: float) -> list[dict[str, 
     decayed = [p for p in network.parameters() if p.dim() > 1]
     free = [p for p in network.parameters() if p.dim() <= 1]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
-
-
-def learning_rate(config: Schedule, step: int) -> float:
-    """The rate of update `step`, from 0: linear from `lowest_lr` to `lr`, then half a cosine back."""
-    warm = int(config.warmup * config.steps)
-    if step < warm:
-        return config.lowest_lr + (config.lr - config.lowest_lr) * step / warm
-    share = (step - warm) / max(1, config.steps - 1 - warm)
-    return config.lowest_lr + (config.lr - config.lowest_lr) * (1 + math.cos(math.pi * share)) / 2
-
-
-def plan_rates(config: Schedule, start: int, stop_after: int | None, cooldown: int | None) -> tuple[list[float], int]:
-    """The rate of every update, and the update before which to stop, for a run of which `start` updates are made.
-
-    Raises:
-        ConfigError: nothing to cool down from, or fewer updates left than asked for.
-    """
-    if cooldown is not None and not (start > 0 and 1 <= cooldown <= config.steps - start):
-        raise ConfigError(
-            f"a cooldown of {cooldown} updates needs a checkpoint to go on from, and as many updates that are left: "
-            f"{start} of {config.steps} are made"
-        )
-    stop = config.steps if stop_after is None else min(config.steps, stop_after)
-    rates = [learning_rate(config, step) for step in range(config.steps)]
-    if cooldown is not None:
-        stop = start + cooldown
-        fall = rates[start] - config.lowest_lr
-        rates[start:stop] = [config.lowest_lr + fall * (1 - (n + 1) / cooldown) for n in range(cooldown)]
-    return rates, stop
 
 
 def augment(points: Tensor, config: PretrainingConfig, generator: torch.Generator) -> Tensor:
@@ -422,71 +355,18 @@ def _between(low: int, high: int, generator: torch.Generator) -> int:
     return int(torch.randint(low, high + 1, (), generator=generator))
 
 
-def _update(
-    network: PointMAE,
-    optimizer: torch.optim.Optimizer,
-    clouds: _Clouds,
-    config: PretrainingConfig,
-    step: int,
-    rate: float,
-    device: str,
-) -> float:
+def _loss(network: PointMAE, clouds: _Clouds, config: PretrainingConfig, step: int, device: str) -> Tensor:
     groups, centres, descriptors = draw_batch(clouds, config, step)
     generator = torch.Generator().manual_seed(derive_seed(config.seed, 3, step))
     hidden = hide_groups(centres, config.mask_ratio, config.masking, generator)
     groups, centres, hidden = groups.to(device), centres.to(device), hidden.to(device)
-    for entry in optimizer.param_groups:
-        entry["lr"] = rate
     if descriptors is not None:
         descriptors = descriptors.to(device)
-    loss = network.loss(
+    return network.loss(
         groups, centres, hidden, generator, config.loss, config.visible_weight, descriptors, config.shape_weight
     )
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    optimizer.step()
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise ConfigError(f"the loss of update {step + 1} is {value}: lower `lr`, or check the clouds for wild values")
-    return value
 
 
 def _identity(source: CloudSource, config: PretrainingConfig) -> str:
     text = json.dumps([asdict(config), source.about()], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def save_run(
-    path: Path,
-    identity: str,
-    network: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    step: int,
-    curve: list[tuple[int, float]],
-    recent: list[float],
-    seconds: float,
-) -> None:
-    """Write a checkpoint that `load_run` goes on from; `identity` tells one run from another."""
-    tensors = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
-    moments, plain = flatten_state(optimizer.state_dict(), "optimizer")
-    header = {"format": FORMAT, "checkpoint": identity, "step": step, "curve": curve, "recent": recent}
-    write_tensors(path, tensors | moments, header | {"seconds": seconds, "optimizer": plain})
-
-
-def load_run(
-    path: Path, identity: str, network: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[int, list[tuple[int, float]], list[float], float]:
-    """Bring network and optimizer to where `path` was written: updates made, curve, latest losses, seconds.
-
-    Raises:
-        ConfigError: the checkpoint is of another run.
-    """
-    header, tensors = read_tensors(path)
-    if header.get("checkpoint") != identity:
-        raise ConfigError(
-            f"the checkpoint '{path}' is from another pre-training (other settings, seed or data): "
-            "train with the same ones, or without --resume to start anew"
-        )
-    network.load_state_dict({n.removeprefix("network."): t for n, t in tensors.items() if n.startswith("network.")})
-    optimizer.load_state_dict(unflatten_state(tensors, header["optimizer"], "optimizer"))
-    return header["step"], [(int(s), float(x)) for s, x in header["curve"]], header["recent"], header["seconds"]
