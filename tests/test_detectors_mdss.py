@@ -27,12 +27,11 @@ from polyspect.detectors.mdss import (
     learning_factor,
     mask_cells,
     of_nearest_centre,
-    patch_centres,
 )
 from polyspect.errors import CalibrationError, ConfigError, DataError, ShapeError
 from polyspect.fitting.engine import Engine, EngineConfig
 from polyspect.geometry.sampling import farthest_points
-from polyspect.layers.cloud_patches import cut_patches
+from polyspect.layers.cloud_patches import cut_patches, draw_patches, patch_centres
 from polyspect.layers.maps import gaussian_smooth
 from polyspect.layers.signed_distance import SignedDistance, normalise_patches, sample_queries, to_pixels
 from polyspect.metrics import auroc
@@ -272,12 +271,16 @@ def test_centres_to_learn_from_are_farthest_points_of_the_part():
     assert (patch_centres(batch.images["xyz"], torch.zeros_like(part), 60, 2.0) == -1).all()
 
 
-def test_drawn_patches_are_the_nearest_points_of_their_centres(fitted, features):
-    drawn = fitted.drawn_patches(features, generator())
-    assert drawn.shape == (4, 60, 3)
+def drawn(features: Features) -> Tensor:
+    return draw_patches(features["xyz.points"], features["part"], features["xyz.centres"], 4, 60, generator())
+
+
+def test_drawn_patches_are_the_nearest_points_of_their_centres(features):
+    patches = drawn(features)
+    assert patches.shape == (4, 60, 3)
     clouds = [xyz.flatten(1).T[part.flatten()] for xyz, part in zip(features["xyz.points"], features["part"])]
     found = []
-    for index, patch in enumerate(drawn):  # the parts in turn: 0, 0, 1, 2 of three
+    for index, patch in enumerate(patches):  # the parts in turn: 0, 0, 1, 2 of three
         own = 0 if index < 2 else index - 1
         centres = features["xyz.centres"][own]
         candidates = features["xyz.points"][own].flatten(1).T[centres[centres >= 0].long()]
@@ -285,13 +288,13 @@ def test_drawn_patches_are_the_nearest_points_of_their_centres(fitted, features)
         radius = (candidates[:, None] - patch).square().sum(2).sort(1).values
         found.append(bool((radius - near).abs().amax(1).min() < 1e-9))
     assert found == [True] * 4
-    assert torch.equal(drawn, fitted.drawn_patches(features, generator()))
+    assert torch.equal(patches, drawn(features))
     small = dict(features) | {"part": features["part"].clone()}
     small["part"][0] = False  # a part without points is passed over
-    assert fitted.drawn_patches(small, generator()).shape == (4, 60, 3)
+    assert drawn(small).shape == (4, 60, 3)
     small["part"][:] = False
     with pytest.raises(DataError, match="the 60 points of a patch, the largest has 0"):
-        fitted.drawn_patches(small, generator())
+        drawn(small)
 
 
 @torch.no_grad()

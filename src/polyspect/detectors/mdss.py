@@ -34,11 +34,12 @@ from ..backbones.patch_description import MARGIN, RECEPTIVE_FIELD, STRIDE, Patch
 from ..backbones.pdn_weights import load_patch_description
 from ..errors import CalibrationError, DataError
 from ..layers.alignment import align, matching_line
-from ..layers.cloud_patches import cut_patches, draw_patches, patch_centres
+from ..layers.cloud_patches import cut_patches, patch_centres
 from ..layers.maps import MapMoments, gaussian_smooth, widest
-from ..layers.signed_distance import SignedDistance, normalise_patches, sample_queries, to_pixels
+from ..layers.signed_distance import SignedDistance, normalise_patches, to_pixels
 from ..samples import Batch, Features, Prediction
 from .contract import Detector, Observe, Optimise, Stage, evaluating, require, require_grid, seeded
+from .distance_recipe import check_distance_recipe, distance_loss, train_distance
 from .recipe import StepClock
 
 _require = partial(require, "MDSS")
@@ -111,22 +112,15 @@ class MDSSConfig:
         low, high = self.factor_range
         _require(0 <= low <= high < 1, "factor_range", "two rising numbers in [0, 1)", self.factor_range)
         _require(0 <= self.fixed_factor < 1, "fixed_factor", "in [0, 1)", self.fixed_factor)
-        counts = ("factor_period", "student_steps", "student_batch", "neighbour", "code", "width", "depth")
-        for field in (*counts, "distance_steps", "distance_parts", "queries"):
-            value = getattr(self, field)
-            _require(value is None or value >= 1, field, "at least 1", value)
+        check_distance_recipe("MDSS", self)
+        for field in ("factor_period", "student_steps", "student_batch"):
+            _require(getattr(self, field) >= 1, field, "at least 1", getattr(self, field))
         for field in ("dilation", "student_weight_decay", "blur_sigma"):
             _require(getattr(self, field) >= 0, field, "0 or more", getattr(self, field))
-        for field in ("student_rate", "distance_rate", "train_density", "score_density"):
-            _require(getattr(self, field) > 0, field, "above 0", getattr(self, field))
+        _require(self.student_rate > 0, "student_rate", "above 0", self.student_rate)
         _require(0 < self.student_rate_drop <= 1, "student_rate_drop", "above 0, at most 1", self.student_rate_drop)
         seen = self.crop is None or self.crop >= RECEPTIVE_FIELD
         _require(seen, "crop", f"at least {RECEPTIVE_FIELD} pixels, or null", self.crop)
-        _require(self.patch > self.neighbour, "patch", f"above `neighbour`, {self.neighbour}", self.patch)
-        few = self.queries is None or self.queries <= self.patch
-        _require(few, "queries", f"at most `patch`, {self.patch}, or null", self.queries)
-        _require(self.distance_batch >= 2, "distance_batch", "at least 2", self.distance_batch)
-        _require(self.pooled >= 2, "pooled", "at least 2", self.pooled)
 
     @property
     def sees_rgb(self) -> bool:
@@ -268,18 +262,7 @@ class MDSS(Detector):
                 )
             )
         if self.distance is not None:
-            stages.append(
-                Optimise(
-                    name="distance",
-                    parameters=self.distance.parameters,
-                    loss=self.distance_loss,
-                    optimizer=partial(torch.optim.Adam, lr=c.distance_rate),
-                    schedule=partial(self._clock.keep, self._distance_schedule),
-                    schedule_every="step",
-                    steps=c.distance_steps,
-                    batch_size=c.distance_parts,
-                )
-            )
+            stages.append(train_distance(c, self.distance, self.distance_loss, self._clock, falls=True))
         if c.sees_rgb and c.sees_cloud and c.align != "none":
             maps: list[tuple[Tensor, Tensor]] = []
             see, finish = partial(self._see_maps, maps), partial(self._set_line, maps)
@@ -308,21 +291,8 @@ class MDSS(Detector):
         Raises:
             DataError: no part of the batch has points for a patch.
         """
-        c, generator = self.config, self._clock.generator(self.config.seed)
-        with torch.autocast(features["part"].device.type, enabled=False):  # halves would blur a hundredth of a patch
-            patches = normalise_patches(self.drawn_patches(features, generator)).points
-            queries = sample_queries(patches, generator, neighbour=c.neighbour, count=c.queries)
-            encoded = patches if c.encoder_input == "patch" else None
-            return {"distance": cast(SignedDistance, self.distance).loss(queries, encoded)}
-
-    def drawn_patches(self, features: Features, generator: torch.Generator) -> Tensor:
-        """The patches of one step, (`distance_batch`, `patch`, 3) m, from the parts of a batch in turn.
-
-        Raises:
-            DataError: no part has enough points.
-        """
-        c = self.config
-        return draw_patches(*_clouds(features), c.distance_batch, c.patch, generator)
+        net, generator = cast(SignedDistance, self.distance), self._clock.generator(self.config.seed)
+        return {"distance": distance_loss(self.config, net, features, generator)}
 
     @property
     def step(self) -> int:
@@ -332,10 +302,6 @@ class MDSS(Detector):
     def _student_schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
         drop = int(self.config.student_rate_drop * self.config.student_steps)
         return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.1 if step >= drop else 1.0)
-
-    def _distance_schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        steps = self.config.distance_steps
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
 
     def _target(self, features: Features) -> Tensor:
         """t, (B, C, h, w)."""
@@ -543,10 +509,6 @@ def ends(rgb: Tensor, cloud: Tensor, zeros: bool) -> Tensor:
     (low, high), (least, most) = ((x.amin(), x.amax()) for x in sides)
     weight = (most - least) / (high - low)
     return torch.stack([weight, least - weight * low])
-
-
-def _clouds(features: Features) -> tuple[Tensor, Tensor, Tensor]:
-    return features["xyz.points"], features["part"], features["xyz.centres"]
 
 
 def _top(maps: Tensor) -> Tensor:

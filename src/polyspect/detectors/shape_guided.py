@@ -20,7 +20,6 @@ on the parts of the fit, unless `distance_checkpoint` gives one.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,15 +33,16 @@ from torch.nn import functional as F
 from ..backbones.image import ImageBackbone
 from ..errors import DataError
 from ..layers.alignment import align, matching_line
-from ..layers.cloud_patches import cut_patches, draw_patches, patch_centres
+from ..layers.cloud_patches import cut_patches, patch_centres
 from ..layers.patches import pool_to_grid
-from ..layers.signed_distance import SignedDistance, normalise_patches, sample_queries, to_pixels
+from ..layers.signed_distance import SignedDistance, normalise_patches, to_pixels
 from ..layers.smoothing import Blur, smooth
 from ..layers.sparse_coding import Rebuilt, rebuild
 from ..samples import Batch, Features, Prediction
 from ..weights.official import checkpoint_source, read_network
 from ..weights.patch_networks import signed_distance_state
-from .contract import Detector, Observe, Optimise, Stage, evaluating, require, require_grid, seeded
+from .contract import Detector, Observe, Stage, evaluating, require, require_grid, seeded
+from .distance_recipe import check_distance_recipe, distance_loss, train_distance
 from .recipe import StepClock
 
 _require = partial(require, "Shape-Guided")
@@ -110,19 +110,12 @@ class ShapeGuidedConfig:
         needed = {"sdf": {"xyz"}, "rgb": {"rgb"}, "both": set(self.modalities)}[self.experts]
         fits = needed <= set(self.modalities)
         _require(fits, "experts", "what `modalities` allow: sdf needs xyz, rgb needs rgb", self.experts)
-        for field in ("neighbour", "code", "width", "depth", "distance_steps", "distance_parts", "align_parts"):
-            _require(getattr(self, field) >= 1, field, "at least 1", getattr(self, field))
-        for field in ("train_density", "score_density", "distance_rate"):
-            _require(getattr(self, field) > 0, field, "above 0", getattr(self, field))
+        check_distance_recipe("Shape-Guided", self)
+        _require(self.align_parts >= 1, "align_parts", "at least 1", self.align_parts)
         for field in ("blur_sigma", "cell_shift"):
             _require(getattr(self, field) >= 0, field, "0 or more", getattr(self, field))
         for field in ("k_sdf", "k_rgb"):
             _require(getattr(self, field) >= ATOMS, field, f"at least {ATOMS}", getattr(self, field))
-        _require(self.patch > self.neighbour, "patch", f"above `neighbour`, {self.neighbour}", self.patch)
-        few = self.queries is None or 1 <= self.queries <= self.patch
-        _require(few, "queries", f"1 to `patch`, {self.patch}, or null", self.queries)
-        for field in ("distance_batch", "pooled"):
-            _require(getattr(self, field) >= 2, field, "at least 2", getattr(self, field))
         reductions = self.reductions
         _require(len(reductions) >= 1, "reductions", "one or more numbers of pixels", reductions)
 
@@ -265,18 +258,8 @@ class ShapeGuided(Detector):
         c = self.config
         stages: list[Stage] = []
         if self.distance is not None and c.distance_checkpoint is None:
-            stages.append(
-                Optimise(
-                    name="distance",
-                    parameters=self.distance.parameters,
-                    loss=self.distance_loss,
-                    optimizer=partial(torch.optim.Adam, lr=c.distance_rate),
-                    schedule=partial(self._clock.keep, self._schedule),
-                    schedule_every="step",
-                    steps=c.distance_steps,
-                    batch_size=c.distance_parts,
-                )
-            )
+            falls = c.distance_decay == "cosine"
+            stages.append(train_distance(c, self.distance, self.distance_loss, self._clock, falls=falls))
         stages.append(Observe(name="memories", update=self._see_parts, finish=self.build_memories))
         if c.joins:
             maps: list[tuple[Tensor, Tensor]] = []
@@ -290,18 +273,8 @@ class ShapeGuided(Detector):
         Raises:
             DataError: no part of the batch has points for a patch.
         """
-        c, generator = self.config, self._clock.generator(self.config.seed)
-        places = features["xyz.points"], features["part"], features["xyz.centres"]
-        with torch.autocast(features["part"].device.type, enabled=False):  # halves would blur a hundredth of a patch
-            patches = normalise_patches(draw_patches(*places, c.distance_batch, c.patch, generator)).points
-            queries = sample_queries(patches, generator, neighbour=c.neighbour, count=c.queries)
-            encoded = patches if c.encoder_input == "patch" else None
-            return {"distance": cast(SignedDistance, self.distance).loss(queries, encoded)}
-
-    def _schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        steps, falls = self.config.distance_steps, self.config.distance_decay == "cosine"
-        rate = torch.optim.lr_scheduler.LambdaLR
-        return rate(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2 if falls else 1.0)
+        net, generator = cast(SignedDistance, self.distance), self._clock.generator(self.config.seed)
+        return {"distance": distance_loss(self.config, net, features, generator)}
 
     def _see_parts(self, features: Features) -> None:
         for index in range(len(features["part"])):
