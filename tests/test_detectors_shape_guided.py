@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 from golden import filled_state
 from polyspect.cli import main
+from polyspect.detectors.completion import Completion
 from polyspect.detectors.contract import Observe, Optimise, configure
 from polyspect.detectors.shape_guided import Cloud, ShapeGuided, ShapeGuidedConfig, shifted_cells
 from polyspect.errors import ConfigError, DataError, ShapeError, WeightsError
@@ -266,6 +267,11 @@ def test_parts_without_any_point_cannot_be_learned_from():
     detector = build(distance_checkpoint=None)
     with pytest.raises(DataError, match=r"the memory of codes has 0 rows, and 10 are needed"):
         detector.build_memories()
+
+
+def test_a_model_of_both_cannot_be_completed_for_one(fitted):
+    with pytest.raises(ConfigError, match="part"):
+        Completion(fitted)
 
 
 def test_pictures_must_fit_the_grid(fitted):
