@@ -121,6 +121,13 @@ def test_rgb_and_points_meet_on_one_grid(backbone):
     assert set(extractor(batch, ("rgb",))) == {"rgb.grid", "valid", "foreground"}
 
 
+@pytest.mark.parametrize(("size", "grid"), [((7, 5), (21, 10)), ((4, 4), (8, 6)), ((8, 8), (4, 4)), ((6, 6), (6, 6))])
+def test_rgb_patches_are_the_adaptive_mean_whether_cells_are_repeated_or_not(size, grid):
+    cells = torch.randn(2, 6, *size, generator=torch.Generator().manual_seed(0))
+    pooled = torch.nn.functional.adaptive_avg_pool2d(cells, grid).flatten(2).mT
+    assert torch.equal(rgb_patches({"rgb.grid": cells}, grid), pooled)
+
+
 def test_methods_with_one_extractor_share_cached_features():
     from polyspect.detectors import detector_class
     from polyspect.detectors.contract import configure

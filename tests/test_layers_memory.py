@@ -260,8 +260,31 @@ def test_faiss_gives_the_same_distances_and_indices(case: str, k: int):
     assert torch.equal(found[1], expected[1])
     built = built_bank(bank, ratio=1.0, backend="faiss")
     assert torch.equal(built.distance(queries)[0], expected[0][:, 0])
-    built.vectors.mul_(2)  # the index notices
-    assert torch.equal(built.distance(2 * queries)[1], expected[1][:, 0])
+    assert torch.equal(
+        built.around(queries, expected[1][:, 0], 3), built_bank(bank, ratio=1.0).around(queries, expected[1][:, 0], 3)
+    )
+
+
+@pytest.mark.parametrize("backend", ["torch", "faiss"])
+def test_a_bank_notices_that_its_vectors_are_others(backend: str):
+    if backend == "faiss":
+        pytest.importorskip("faiss", reason="FAISS is not installed: pip install 'polyspect[faiss]'")
+    vectors, queries = random(60, 5), random(7, 5, seed=1)
+    bank = built_bank(vectors, ratio=1.0, backend=backend)
+    first, place = bank.distance(queries)
+    bank.vectors.mul_(2)
+    assert torch.equal(bank.distance(2 * queries)[1], place)
+    assert torch.equal(bank.distance(2 * queries)[0], 2 * first)
+    bank.vectors = 4 * vectors
+    assert torch.equal(bank.distance(4 * queries)[0], 4 * first)
+    bank.load_state_dict(built_bank(8 * vectors, ratio=1.0).state_dict())
+    assert torch.equal(bank.distance(8 * queries)[0], 8 * first)
+
+
+def test_half_precision_bank_keeps_nothing_beside_its_vectors():
+    bank = built_bank(random(60, 5), ratio=1.0, storage="float16")
+    bank.distance(random(7, 5, seed=1))
+    assert bank._index is None
 
 
 def test_absent_faiss_is_answered_with_the_install_line(monkeypatch: pytest.MonkeyPatch):

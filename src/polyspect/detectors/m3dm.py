@@ -340,16 +340,17 @@ class M3DM(Detector):
         """Eq. 3: (B, P, C_xyz + C_rgb), points first; every distinct patch goes through the network once."""
         if self.uff is None:
             return torch.cat([xyz, rgb_patches(features, grid)], dim=-1)
+        left = self.uff.xyz(xyz[measured])  # N C_xyz
         empty = self.uff.xyz(xyz.new_zeros(1, xyz.shape[-1]))  # all patches without a point are alike
-        left = empty.expand(*measured.shape, -1).clone()
-        left[measured] = self.uff.xyz(xyz[measured])
         own = _tokens(features)
         if _repeats(own, grid):
             tokens = self.uff.rgb(rgb_patches(features, own))
             right = rgb_patches({"rgb.grid": tokens.mT.unflatten(2, own)}, grid)
         else:
             right = self.uff.rgb(rgb_patches(features, grid))
-        return torch.cat([left, right], dim=-1)
+        fused = torch.cat([empty.expand(*measured.shape, -1), right], dim=-1)
+        fused[..., : left.shape[-1]][measured] = left
+        return fused
 
     # -- banks -------------------------------------------------------------------------------------------------------
 

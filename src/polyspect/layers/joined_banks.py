@@ -165,7 +165,7 @@ def _match(bank: MemoryBank, patches: Patches) -> tuple[Tensor, Tensor]:
     distinct, number = patches.alike.flatten().unique(return_inverse=True)
     place = torch.arange(len(number), device=number.device)
     first = torch.full_like(distinct, len(number)).scatter_reduce(0, number, place, "amin")
-    distances, matches = bank.distance(patches.values.flatten(0, 2)[first])
+    distances, matches = bank.distance(patches.values.flatten(0, 2).index_select(0, first))
     return distances[number].view_as(patches.alike), matches[number].view_as(patches.alike)
 
 

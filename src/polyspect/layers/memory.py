@@ -25,6 +25,7 @@ from .reservoir import Reservoir
 
 __all__ = [
     "BankBytes",
+    "ExactIndex",
     "FaissIndex",
     "MemoryBank",
     "greedy_coreset",
@@ -38,10 +39,11 @@ log = logging.getLogger("polyspect")
 Reweighting = Literal["btf", "patchcore", "none"]  # form of w in Eq. 2; "none": w = 1
 
 STRIPES = 32  # that the columns of a product are split into to find its smallest entries
+BLOCK = 1 << 21  # entries of the distance matrix held at a time: 8 MiB, still in a processor's caches
 FEW = 64  # unsure queries that are worth comparing with more candidates; for more, float64 at once costs less
 
 
-def nearest(queries: Tensor, bank: Tensor, k: int = 1, *, block: int = 1 << 22) -> tuple[Tensor, Tensor]:
+def nearest(queries: Tensor, bank: Tensor, k: int = 1, *, block: int = BLOCK) -> tuple[Tensor, Tensor]:
     """The `k` rows of `bank` (K, D) nearest to each row of `queries` (Q, D), exactly, nearest first (Eq. 1).
 
     One matrix product finds the candidates; their distances are then taken from direct differences in float64, so equal
@@ -59,19 +61,7 @@ def nearest(queries: Tensor, bank: Tensor, k: int = 1, *, block: int = 1 << 22) 
     Raises:
         ConfigError: `k` is not in 1..K.
     """
-    check_shapes(queries=(queries, "Q D"), bank=(bank, "K D"))
-    K = len(bank)
-    if queries.device.type == "mps":  # no float64 there
-        distances, indices = nearest(queries.cpu(), bank.cpu(), k, block=block)
-        return distances.to(queries.device), indices.to(queries.device)
-    if not 1 <= k <= K:
-        raise ConfigError(f"{k} nearest neighbours were asked for, but the bank has {K} vectors")
-    queries, bank = queries.detach(), bank.detach()
-    side = _Side(bank)
-    parts = queries.split(max(1, block // K))
-    buffer = queries.new_empty(max(map(len, parts)), len(side.norm))
-    found = [_nearest_block(rows, side, k, buffer[: len(rows)]) for rows in parts]
-    return torch.cat([d for d, _ in found]), torch.cat([i for _, i in found])
+    return ExactIndex(bank).nearest(queries, k, block=block)
 
 
 class _Side:
@@ -152,10 +142,12 @@ def _smallest(values: Tensor, count: int, real: int) -> tuple[Tensor, Tensor]:
 def _rank(queries: Tensor, bank: Tensor, candidates: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The `k` nearest of each query's `candidates` (Q, c), by direct differences; equal distances by index."""
     candidates = candidates.sort(dim=1).values
-    step = max(1, (1 << 22) // (candidates.shape[1] * bank.shape[1]))  # keeps the differences under 32 MiB
+    step = max(1, (1 << 17) // (candidates.shape[1] * bank.shape[1]))  # 1 MiB of differences, which stay in the cache
     parts = []
     for rows in torch.arange(len(queries), device=queries.device).split(step):
-        difference = bank[candidates[rows]] - queries[rows, None]  # q c D
+        own = candidates[rows]
+        found = bank.index_select(0, own.flatten()).view(*own.shape, bank.shape[1])  # faster than bank[own]
+        difference = found.sub_(queries[rows, None])  # q c D
         parts.append(difference.double().square_().sum(2))
     squared, order = torch.cat(parts).sort(dim=1, stable=True)
     return squared[:, :k].sqrt().to(queries.dtype), candidates.gather(1, order[:, :k])
@@ -165,6 +157,30 @@ def _roundoff(x: Tensor) -> float:
     """Relative rounding of one product in a matrix multiplication of `x`, as torch is set up."""
     exact = x.dtype == torch.float64 or torch.get_float32_matmul_precision() == "highest"
     return torch.finfo(x.dtype).eps / 2 if exact else 2.0**-8  # TF32 and bfloat16 products
+
+
+class ExactIndex:
+    """`nearest` for one bank (K, D) and many calls: what a call needs of the bank beside its rows is made once.
+
+    It holds the bank less its mean, so as much memory as the bank takes again.
+    """
+
+    def __init__(self, bank: Tensor) -> None:
+        check_shapes(bank=(bank, "K D"))
+        bank = bank.detach()
+        self._side = _Side(bank.cpu() if bank.device.type == "mps" else bank)  # there is no float64 on MPS
+
+    def nearest(self, queries: Tensor, k: int = 1, *, block: int = BLOCK) -> tuple[Tensor, Tensor]:
+        """As the function of that name."""
+        side, device = self._side, queries.device
+        check_shapes(queries=(queries, "Q D"), bank=(side.bank, "K D"))
+        if not 1 <= k <= len(side.bank):
+            raise ConfigError(f"{k} nearest neighbours were asked for, but the bank has {len(side.bank)} vectors")
+        queries = queries.detach().to(side.bank.device)
+        parts = queries.split(max(1, block // len(side.bank)))
+        buffer = queries.new_empty(max(map(len, parts)), len(side.norm))
+        found = [_nearest_block(rows, side, k, buffer[: len(rows)]) for rows in parts]
+        return torch.cat([d for d, _ in found]).to(device), torch.cat([i for _, i in found]).to(device)
 
 
 class FaissIndex:
@@ -316,7 +332,7 @@ class MemoryBank(nn.Module):
         self._pool = Reservoir(max_bytes, seed)
         self._moments = MapMoments()  # of held-out distances
         self._entries = MapMoments()  # of training patches
-        self._index: tuple[Tensor, int, FaissIndex] | None = None  # with the `vectors` that it is of, and their version
+        self._index: tuple[Tensor, int, ExactIndex | FaissIndex] | None = None  # of which `vectors`, and their version
 
     def estimate(self, rows: int, dimension: int) -> BankBytes:
         """Memory that `build` will take for `rows` patches of `dimension`.
@@ -452,30 +468,29 @@ class MemoryBank(nn.Module):
         """
         if len(self.vectors) == 0:
             raise NotFittedError(f"memory bank '{self.name}' is empty: fit the detector before scoring")
-        patches = self._normalised(patches)
-        if self.backend == "torch":
-            distances, indices = nearest(patches, self.vectors.float())
-        else:
-            distances, indices = self._faiss().nearest(patches)
+        distances, indices = self._search().nearest(self._normalised(patches))
         return distances[:, 0], indices[:, 0]
 
     def around(self, patches: Tensor, match: Tensor, n: int) -> Tensor:
         """Distances (B, n) of `patches` (B, D) to the `n` rows nearest to their `match` (B,), the match first."""
         vectors = self.vectors.float()
-        _, rows = nearest(vectors[match], vectors, min(n, len(vectors)))
+        _, rows = self._search().nearest(vectors[match], min(n, len(vectors)))
         return (vectors[rows] - self._normalised(patches)[:, None]).norm(dim=2)
 
     def _normalised(self, patches: Tensor) -> Tensor:
         if not self.normalise:
             return patches
-        return (patches - self.feature_mean.to(patches)) / self.feature_std.to(patches)
+        return (patches - self.feature_mean.to(patches)).div_(self.feature_std.to(patches))
 
-    def _faiss(self) -> FaissIndex:
-        """The index of `vectors`, made anew when they are others."""
+    def _search(self) -> ExactIndex | FaissIndex:
+        """The index of `vectors`, kept until they are others; one that would undo the saving of float16 is not."""
         vectors = self.vectors
+        if self.backend == "torch" and vectors.dtype != torch.float32:
+            return ExactIndex(vectors.float())
         version = 0 if vectors.is_inference() else vectors._version
         if self._index is None or self._index[0] is not vectors or self._index[1] != version:
-            self._index = vectors, version, FaissIndex(vectors.float())
+            make = ExactIndex if self.backend == "torch" else FaissIndex
+            self._index = vectors, version, make(vectors.float())
         return self._index[2]
 
     def standardise(self, distances: Tensor) -> Tensor:
