@@ -259,7 +259,7 @@ def test_f2f_learns_a_linear_relation(monkeypatch):
 
 def test_a_perfect_hallucination_is_a_dual_bank(monkeypatch):
     settings = {"mask_invalid": False, "reductions": (8,), "seed": 4}
-    dual, mtfi = build(banks="dual", lambda_rgb=1.0, **settings), build(trained=False, **settings)
+    dual, mtfi = build(banks="dual", **settings), build(trained=False, **settings)
     monkeypatch.setattr(mtfi, "hallucinate", lambda f: rgb_patches(f, (8, 8)).unflatten(1, (8, 8)))
     monkeypatch.setattr(CMDIAD, "forward", lambda self, batch: self.score(self.extract(batch)))
     batch = tiny_batch([100, 101], defect=True)
@@ -506,9 +506,11 @@ def test_factors_of_the_decision_layer():
         ("mtfi", "rgb"): {"rgb": 0.1, "xyz": 1.0},
     }
     for (banks, main_view), factors in table.items():
-        config = CMDIADConfig(banks=banks, main=main_view)
+        config = CMDIADConfig(**{**CMDIAD.PRESETS["paper"], "banks": banks, "main": main_view})
         assert {name: config.factor(name) for name in config.names} == factors
-    detector = fitted(banks="dual")
+        config = CMDIADConfig(banks=banks, main=main_view)
+        assert {config.factor(name) for name in config.names} == {None}
+    detector = fitted(banks="dual", lambda_xyz=1.0, lambda_rgb=0.1)
     features = detector.extract(tiny_batch([100]))
     with torch.no_grad():
         scores, _ = detector.measure(features)

@@ -59,6 +59,9 @@ def fit(detector: M3DM, train: Batch, validation: Batch) -> M3DM:
     return detector
 
 
+LAMBDAS = {"lambda_xyz": 1.0, "lambda_rgb": 0.1, "lambda_fused": 1.0}  # the program's
+
+
 def fitted(**settings: Any) -> M3DM:
     return fit(M3DM(M3DMConfig(**{**SMALL, **settings})), tiny_batch(range(5)), tiny_batch(range(50, 52)))
 
@@ -77,7 +80,7 @@ def parts() -> Batch:
 
 
 def test_scores_equal_the_equations_written_as_loops(parts: Batch):
-    detector = fitted(blur="none")
+    detector = fitted(blur="none", **LAMBDAS)
     with torch.no_grad():
         features, result = detector.extract(parts), detector(parts)
         uff = detector.uff
@@ -137,22 +140,24 @@ def counted(values: Tensor) -> Patches:
     return Patches(values, torch.ones(values.shape[:3], dtype=torch.bool))
 
 
-def test_values_of_training_parts_decide(detector: M3DM):
+@pytest.mark.parametrize("balanced", [False, True])
+def test_values_of_training_parts_decide(balanced: bool):
     """Rows of the layer: parts and pixels with points; nu-fraction of lowest rows has mean w at the minimum."""
-    train = tiny_batch(range(5))
+    detector, train = fitted(**({} if balanced else LAMBDAS)), tiny_batch(range(5))
     with torch.no_grad():
         features = detector.extract(train)
         scores, maps = detector.measure(detector.patches(features), (SIZE, SIZE))
-    factors = torch.tensor([1.0, 0.1, 1.0])
     on_part = (features["xyz.share"].sum(-1) > 0).view(5, SIZE, SIZE)
     assert 0 < int(on_part.sum()) < on_part.numel()
     for kind, rows in (("score", scores), ("map", maps[on_part])):
         layer = detector.decisions[kind]
-        rows = (rows * factors).double()
+        factors = 1 / rows.double().mean(0) if balanced else torch.tensor([1.0, 0.1, 1.0]).double()
+        rows = rows.double() * factors
         assert layer.counts.tolist() == [len(rows)] * 2
-        values = rows @ layer.weight
+        weight = layer.weight / factors if balanced else layer.weight  # a balanced layer takes values as they come
+        values = rows @ weight
         cut = values.sort().values[: len(rows) // 2]
-        assert float(cut.mean()) == pytest.approx(float(layer.weight @ layer.weight), rel=0.5 / len(cut) + 1e-3)
+        assert float(cut.mean()) == pytest.approx(float(weight @ weight), rel=0.5 / len(cut) + 1e-3)
 
 
 # -- banks -----------------------------------------------------------------------------------------------------------

@@ -55,6 +55,34 @@ def test_the_shortest_mean_may_lie_between_corners():
     assert_close(layer.weight, torch.tensor([22 / 13, 33 / 13]).double())
 
 
+def test_balanced_values_count_alike_whatever_their_unit():
+    rows, units = values(3000), torch.tensor([1e-3, 50.0, 1.0])
+    layer, other = fitted(rows, balanced=[True] * 3), fitted(rows * units, balanced=[True] * 3)
+    assert_close(layer.shares(rows), other.shares(rows * units), rtol=1e-5, atol=0)
+    plain = fitted(rows / rows.mean(0))
+    assert_close(layer.weight, plain.weight / rows.double().mean(0), rtol=1e-5, atol=0)
+    shares = layer.shares(rows).mean(0)
+    assert float(shares.min()) > 0.5 * float(shares.max())
+    plain_shares = fitted(rows).shares(rows).mean(0)
+    assert float(plain_shares[1]) < 0.02 * float(plain_shares[2])  # without: the largest unit rules
+    own = torch.tensor([float(rows[:, 0].mean()), 1.0, 1.0])
+    assert_close(
+        fitted(rows, balanced=[True, False, False]).shares(rows),
+        fitted(rows / own).shares(rows / own),
+        rtol=1e-5,
+        atol=0,
+    )
+
+
+def test_a_balanced_value_that_is_always_0_is_left_as_it_is():
+    rows = torch.cat([values(50)[:, :1], torch.zeros(50, 1)], dim=1)
+    layer = fitted(rows, balanced=[True, True])
+    assert bool(layer.weight.isfinite().all())
+    assert float(layer.weight[1]) == 0
+    with pytest.raises(ConfigError, match="must have 2 entries, got 1"):
+        DecisionLayer(2, balanced=[True])
+
+
 @pytest.mark.parametrize("nu", [0.5, 0.23, 1.0])
 @pytest.mark.parametrize("shift", [0.0, 0.6])
 def test_weights_minimise_the_objective_of_the_machine(nu: float, shift: float):

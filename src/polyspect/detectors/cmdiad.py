@@ -125,9 +125,9 @@ class CMDIADConfig:
     blur_sigma: float = 4.0  # pixels
     decision: Literal["exact", "sgd"] = "exact"  # solver of the SVMs; sgd: as the program, needs scikit-learn
     nu: float = 0.5  # share of the rows that the SVMs rest on, the lowest ones
-    lambda_xyz: float = 1.0  # factor of a bank's values before the SVMs, alpha and beta; counts about squared
-    lambda_rgb: float = 0.1
-    lambda_hallucinated: float = 1.0  # of the hallucinated bank, whichever modality it stands for
+    lambda_xyz: float | None = None  # factor before the SVMs, alpha and beta, counts about squared; None: banks alike
+    lambda_rgb: float | None = None
+    lambda_hallucinated: float | None = None  # of the hallucinated bank, whichever modality it stands for
     image_score: ImageScore = "top_mean"  # Eq. 8, or of the map
     top_share: float = 0.01  # top_mean: share of the map's pixels, the largest ones, whose mean is the image score
     seed: int = 0  # of the network's first weights, projections and samples; of random backbones
@@ -141,7 +141,8 @@ class CMDIADConfig:
         _require(rate is None or rate > 0, "learning_rate", "above 0, or null", rate)
         _require(self.max_gib > 0, "max_gib", "above 0", self.max_gib)
         for field in ("warmup_epochs", "blur_sigma", "lambda_xyz", "lambda_rgb", "lambda_hallucinated"):
-            _require(getattr(self, field) >= 0, field, "0 or more", getattr(self, field))
+            value = getattr(self, field)
+            _require(value is None or value >= 0, field, "0 or more", value)
         for field in ("coreset_ratio", "nu", "top_share"):
             _require(0 < getattr(self, field) <= 1, field, "above 0 and at most 1", getattr(self, field))
         _require(0 < self.coreset_eps < 1, "coreset_eps", "between 0 and 1", self.coreset_eps)
@@ -185,10 +186,11 @@ class CMDIADConfig:
         """Whether predicted points near the origin are left out."""
         return self.mask_predicted and self.banks == "mtfi" and self.route == "f2i" and self.main == "rgb"
 
-    def factor(self, name: str) -> float:
-        """Factor of bank `name` before the decision layer."""
+    def factor(self, name: str) -> float | None:
+        """Factor of bank `name` before the decision layer; None where it is to weigh as much as the others."""
         hallucinated = self.banks == "mtfi" and name == self.other
-        return float(self.lambda_hallucinated if hallucinated else getattr(self, f"lambda_{name}"))
+        factor: float | None = self.lambda_hallucinated if hallucinated else getattr(self, f"lambda_{name}")
+        return factor
 
 
 class CMDIAD(Detector):
@@ -203,12 +205,14 @@ class CMDIAD(Detector):
         "paper": {
             **PAPER_EXTRACTOR,
             **PAPER,
+            "lambda_hallucinated": 1.0,
             "patches": None,
             "batch_size": 32,
         },
         "released": {
             **PAPER_EXTRACTOR,
             **PAPER,
+            "lambda_hallucinated": 1.0,
             "released_sampling": True,
             "mask_invalid": False,
             "patches": None,
@@ -253,7 +257,7 @@ class CMDIAD(Detector):
                 self.sources["network"] = checkpoint_source(path)
         self.banks = Banks({name: self._bank(name) for name in c.names})
         layer = partial(DecisionLayer, nu=c.nu, solver=c.decision, max_bytes=int(c.max_gib * 2**30))
-        factors: dict[str, float] = {name: c.factor(name) for name in c.names}
+        factors: dict[str, float | None] = {name: c.factor(name) for name in c.names}
         self.decisions = Decisions(factors, layer if len(c.names) > 1 else None)
         self.register_buffer("best", torch.empty(0))
         self.register_buffer("best_loss", torch.tensor(math.inf, dtype=torch.float64))

@@ -102,9 +102,9 @@ class M3DMConfig:
     fusion: Literal["dlf", "sum"] = "dlf"  # of the banks, Tab. 4; sum: without factors
     dlf_solver: Literal["exact", "sgd"] = "exact"  # sgd: as the program, needs scikit-learn
     nu: float = 0.5  # share of the rows that the SVMs rest on, the lowest ones
-    lambda_xyz: float = 1.0  # factor of a bank's values before the SVMs; counts about squared
-    lambda_rgb: float = 0.1
-    lambda_fused: float = 1.0
+    lambda_xyz: float | None = None  # factor before the SVMs, counts about squared; None: all banks weigh alike
+    lambda_rgb: float | None = None
+    lambda_fused: float | None = None
     image_score: ImageScore = "top_mean"  # Eq. 4, or of the map
     top_share: float = 0.01  # top_mean: share of the map's pixels, the largest ones, whose mean is the image score
     seed: int = 0  # of UFF's first weights, projections and samples; of random backbones
@@ -130,7 +130,8 @@ class M3DMConfig:
         betas = len(self.uff_betas) == 2 and all(0 <= beta < 1 for beta in self.uff_betas)
         _require(betas, "uff_betas", "two numbers in [0, 1)", self.uff_betas)
         for field in ("uff_decay", "reweight_guard", "blur_sigma", "lambda_xyz", "lambda_rgb", "lambda_fused"):
-            _require(getattr(self, field) >= 0, field, "0 or more", getattr(self, field))
+            value = getattr(self, field)
+            _require(value is None or value >= 0, field, "0 or more", value)
         for field in ("ratio_xyz", "ratio_rgb", "ratio_fused", "nu", "top_share"):
             _require(0 < getattr(self, field) <= 1, field, "above 0 and at most 1", getattr(self, field))
         _require(0 < self.coreset_eps < 1, "coreset_eps", "between 0 and 1", self.coreset_eps)
@@ -167,12 +168,14 @@ class M3DM(Detector):
         "paper": {
             **PAPER_EXTRACTOR,
             **PAPER,
+            "lambda_fused": 1.0,
             "mask_invalid": False,
             "uff_patches": None,
         },
         "released": {
             **PAPER_EXTRACTOR,
             **PAPER,
+            "lambda_fused": 1.0,
             "mask_invalid": False,
             "uff_steps": RELEASED_UPDATES,
             "uff_warmup": 10,
@@ -218,7 +221,7 @@ class M3DM(Detector):
                 self.sources["uff"] = checkpoint_source(path)
         self.banks = Banks({name: self._bank(name) for name in c.banks})
         layer = partial(DecisionLayer, nu=c.nu, solver=c.dlf_solver, max_bytes=int(c.max_gib * 2**30))
-        factors: dict[str, float] = {name: getattr(c, f"lambda_{name}") for name in c.banks}
+        factors: dict[str, float | None] = {name: getattr(c, f"lambda_{name}") for name in c.banks}
         self.decisions = Decisions(factors, layer if c.decides else None)
         self._parts_seen = 0
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -37,7 +38,8 @@ class DecisionLayer(nn.Module):
     """Learns how much each bank's value counts, from good parts only.
 
     Use: `observe` per batch of rows, `fit`; then `score`. A bank whose values are multiplied by lambda gets a weight
-    lambda times as large too, so that it counts about lambda^2 times as much.
+    lambda times as large too, so that it counts about lambda^2 times as much. A `balanced` one is divided by the mean
+    of its values before Eq. 1, so that its unit does not matter; `weight` is for the values as they come.
 
     Args:
         features: F, values per row.
@@ -48,6 +50,7 @@ class DecisionLayer(nn.Module):
         max_bytes: Most bytes of collected rows, kept as float32. Beyond it they are a uniform random sample (reservoir
             sampling), and `fit` logs a warning. ``"exact"`` takes 8 more bytes per row while it fits, ``"sgd"`` 8 per
             value and about 24 per row: 18 million rows of three are 207 MiB, and 155 or 850 MiB more.
+        balanced: Which values are divided by their mean over the rows, F of them; none where it is 0. None: no value.
 
     Raises:
         ConfigError: a setting is out of range.
@@ -65,6 +68,7 @@ class DecisionLayer(nn.Module):
         solver: Literal["exact", "sgd"] = "exact",
         seed: int = 42,
         max_bytes: int = 2 * 2**30,
+        balanced: Sequence[bool] | None = None,
     ) -> None:
         super().__init__()
         if features < 1:
@@ -73,6 +77,9 @@ class DecisionLayer(nn.Module):
             raise ConfigError(f"`nu` of a decision layer must be above 0 and at most 1, got {nu}")
         if solver not in ("exact", "sgd"):
             raise ConfigError(f"`solver` of a decision layer must be 'exact' or 'sgd', got '{solver}'")
+        self.balanced = (False,) * features if balanced is None else tuple(balanced)
+        if len(self.balanced) != features:
+            raise ConfigError(f"`balanced` of a decision layer must have {features} entries, got {len(self.balanced)}")
         self.features, self.nu, self.solver, self.seed, self.max_bytes = features, nu, solver, seed, max_bytes
         self.register_buffer("weight", torch.zeros(features, dtype=torch.float64))
         self.register_buffer("offset", torch.zeros((), dtype=torch.float64))
@@ -105,13 +112,16 @@ class DecisionLayer(nn.Module):
                 "decision layer: %d rows exceed the limit of %.1f GiB; it is fitted to a random sample of %d of them",
                 seen, self.max_bytes / 2**30, len(rows)
             )  # fmt: skip
+        unit = _means(rows, self.balanced)
+        if unit is not None:
+            rows /= unit.astype(np.float32)
         weight, offset = minimum_norm(rows, self.nu) if self.solver == "exact" else _descend(rows, self.nu, self.seed)
         if not weight.any():
             raise DataError(
                 f"the decision layer's weights are all zero: among {len(rows)} rows of training parts the lowest "
                 f"{self.nu:g} are zeros or cancel; leave unmeasured places out of the rows, or raise `nu`"
             )
-        self.weight.copy_(torch.from_numpy(weight))
+        self.weight.copy_(torch.from_numpy(weight if unit is None else weight / unit))
         self.offset.fill_(offset)
         self.counts.copy_(torch.tensor([seen, len(rows)]))
 
@@ -136,6 +146,15 @@ class DecisionLayer(nn.Module):
     def _check_fitted(self) -> None:
         if int(self.counts[1]) == 0:
             raise NotFittedError("the decision layer has no weights: fit the detector before scoring")
+
+
+def _means(rows: np.ndarray, which: Sequence[bool]) -> np.ndarray | None:
+    """What the columns of `rows` (n, F) are divided by, (F,) float64: their mean where wanted and not 0, else 1."""
+    if not any(which):
+        return None
+    blocks = range(0, len(rows), ROWS)
+    mean: np.ndarray = sum(rows[at : at + ROWS].sum(0, dtype=np.float64) for at in blocks) / len(rows)
+    return np.where(np.asarray(which) & (mean != 0), np.abs(mean), 1.0)
 
 
 def minimum_norm(rows: np.ndarray, nu: float) -> tuple[np.ndarray, float]:

@@ -1,6 +1,6 @@
 """Memory banks that look at the same parts, and the decision layer that weighs what they say (M3DM, CMDIAD).
 
-For patch p of a part, bank b of F, and lambda_b a factor of the bank:
+For patch p of a part, bank b of F, and lambda_b a factor of the bank, or 1 / mean of its values over training parts:
 
     d_bp = distance of the patch to the nearest row of b                                                    (1)
     s_b  = w_b d_b of the part's worst patch,   a_b = blur(up(d_b))                                         (2)
@@ -29,7 +29,13 @@ from .smoothing import Blur, smooth
 
 ImageScore = Literal["reweighted", "top_mean", "max_map"]  # Eq. 3, or of the map
 
-PAPER: dict[str, Any] = {"bank_limit": None, "image_score": "reweighted", "max_gib": 16.0}
+PAPER: dict[str, Any] = {
+    "bank_limit": None,
+    "image_score": "reweighted",
+    "max_gib": 16.0,
+    "lambda_xyz": 1.0,
+    "lambda_rgb": 0.1,
+}
 """What the preset ``paper`` of M3DM and CMDIAD says of the banks."""
 
 
@@ -116,13 +122,16 @@ class Decisions(nn.ModuleDict):
     """One decision layer for the image score, ``score``, and one for the map, ``map``.
 
     Args:
-        factors: lambda by bank, in the banks' order.
-        layer: Makes a layer for as many values as there are banks; None: the banks' values are added as they are.
+        factors: lambda by bank, in the banks' order; None: the bank is balanced, see `DecisionLayer`.
+        layer: Makes a layer for as many values as there are banks, given which of them are ``balanced``; None: the
+            banks' values are added as they are.
     """
 
-    def __init__(self, factors: Mapping[str, float], layer: Callable[[int], DecisionLayer] | None) -> None:
-        super().__init__({} if layer is None else {kind: layer(len(factors)) for kind in ("score", "map")})
-        self.factors = dict(factors)
+    def __init__(self, factors: Mapping[str, float | None], layer: Callable[..., DecisionLayer] | None) -> None:
+        balanced = [factor is None for factor in factors.values()]
+        made = {} if layer is None else {kind: layer(len(factors), balanced=balanced) for kind in ("score", "map")}
+        super().__init__(made)
+        self.factors = {name: 1.0 if factor is None else factor for name, factor in factors.items()}
 
     def observe(self, scores: Tensor, pixels: Tensor) -> None:
         """Take in scores (n, F) of training parts and map values (m, F) of their pixels."""
@@ -139,7 +148,7 @@ class Decisions(nn.ModuleDict):
             cast(DecisionLayer, layer).fit()
 
     def weighted(self, values: Tensor) -> Tensor:
-        """lambda_b times the values (..., F)."""
+        """lambda_b times the values (..., F); those of balanced banks as they are."""
         return values.new_tensor(list(self.factors.values())) * values
 
     def shares(self, kind: Literal["score", "map"], values: Tensor) -> Tensor:
