@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 from golden import noise
 from polyspect.data.preparation import PREPARATIONS
-from polyspect.detectors.completion import Completion
+from polyspect.detectors.completion import Completion, CompletionConfig
 from polyspect.detectors.contract import Observe, Optimise, configure
 from polyspect.detectors.mdss import (
     MDSS,
@@ -435,17 +435,18 @@ class Given(MDSS):
     """MDSS whose branches see what the test says."""
 
     def student_map(self, features: Features) -> Tensor:
-        return features["rgb"]
+        return features["rgb.image"]
 
     def distance_map(self, features: Features) -> Tensor:
-        return features["xyz"]
+        return features["xyz.points"]
 
 
 def given(**settings: Any) -> tuple[Any, Features]:
     detector = Given(MDSSConfig(**{**TINY, **settings}))
     detector.line.copy_(torch.tensor([0.02, -0.01]))
     rgb = torch.tensor([[[3.5, 0.5], [0.0, 4.0]], [[1.0, 1.0], [1.0, 1.0]]])
-    return detector, {"rgb": rgb, "xyz": torch.tensor([[[0.02, 0.01], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]])}
+    cloud = torch.tensor([[[0.02, 0.01], [0.0, 0.0]], [[0.0, 0.0], [0.0, 0.0]]])
+    return detector, {"rgb.image": rgb, "xyz.points": cloud}
 
 
 def test_fusion_by_hand():
@@ -607,9 +608,32 @@ def test_rgb_alone_looks_at_no_cloud():
     assert (detector(image).map[:, 20:44, 20:44] > 0).all()
 
 
-def test_a_model_of_both_cannot_be_completed_for_one(fitted):
-    with pytest.raises(ConfigError, match="part"):
-        Completion(fitted)
+def test_without_a_view_the_other_branch_judges_alone(fitted):
+    features = fitted.extract(tiny_batch([7, 8]))
+    cloud = fitted.score({key: x for key, x in features.items() if not key.startswith("rgb")})
+    assert set(cloud.branch_maps) == {"xyz"}
+    assert torch.equal(cloud.map, fitted.distance_map(features))
+    assert torch.equal(cloud.score, cloud.map.flatten(1).amax(1))
+    rgb = fitted.score({key: x for key, x in features.items() if not key.startswith("xyz")})
+    assert set(rgb.branch_maps) == {"rgb"}
+    assert torch.equal(rgb.map, fitted.student_map(features))
+
+
+def test_a_completed_model_judges_parts_with_one_view(fitted):
+    completion = Completion(fitted, CompletionConfig(epochs=200, batch_size=4, patches=None))
+    completion = Engine(EngineConfig(device="cpu")).fit(completion, {"train": TinyParts(range(12))})
+    assert list(completion.networks) == ["rgb_to_part"]
+    batch = tiny_batch([100, 101])
+    assert torch.equal(completion(batch).map, fitted(batch).map)
+    everywhere = torch.ones_like(batch.valid)
+    photo = dataclasses.replace(batch, images={"rgb": batch.images["rgb"]}, valid=everywhere, foreground=everywhere)
+    scan = dataclasses.replace(batch, images={"xyz": batch.images["xyz"]})
+    assert torch.equal(completion(scan).map, fitted.distance_map(fitted.extract(batch)))
+    place = completion.complete(completion.extract(photo))["part"]
+    seen = batch.valid & batch.foreground
+    assert float((place & seen).sum() / (place | seen).sum()) > 0.6
+    features = fitted.extract(batch) | {"part": place}
+    assert torch.equal(completion(photo).map, fitted.student_map(features))
 
 
 def test_parts_with_few_points_or_none_are_scored(fitted):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.testing import assert_close
 
 from golden import filled_state
 from polyspect.cli import main
-from polyspect.detectors.completion import Completion
+from polyspect.detectors.completion import Completion, CompletionConfig
 from polyspect.detectors.contract import Observe, Optimise, configure
 from polyspect.detectors.shape_guided import Cloud, ShapeGuided, ShapeGuidedConfig, shifted_cells
 from polyspect.errors import ConfigError, DataError, ShapeError, WeightsError
@@ -269,9 +270,37 @@ def test_parts_without_any_point_cannot_be_learned_from():
         detector.build_memories()
 
 
-def test_a_model_of_both_cannot_be_completed_for_one(fitted):
-    with pytest.raises(ConfigError, match="part"):
-        Completion(fitted)
+def test_without_a_view_the_other_expert_judges_alone(fitted):
+    batch = tiny_batch([7, 8])
+    features = fitted.extract(batch)
+    cloud = fitted.score({key: x for key, x in features.items() if not key.startswith("rgb")})
+    assert set(cloud.branch_maps) == {"xyz"}
+    s_3d = torch.stack([fitted.judge(features, index)[2] for index in range(2)])
+    assert torch.equal(cloud.score, s_3d)
+    rgb = fitted.score({key: x for key, x in features.items() if not key.startswith("xyz")})
+    assert set(rgb.branch_maps) == {"rgb"}
+    touched = torch.nn.functional.max_pool2d(features["part"].float(), 8).flatten(1) > 0
+    values = features["rgb.cells"].flatten(2).mT  # all of the memory, no guidance
+    expected = [
+        rebuild(x[asked], fitted.colours, fitted.config.k_rgb, 3).distance.amax() for x, asked in zip(values, touched)
+    ]
+    assert_close(rgb.score, torch.stack(expected))
+
+
+def test_a_completed_model_judges_parts_with_one_view(fitted):
+    completion = Completion(fitted, CompletionConfig(epochs=60, batch_size=4))
+    completion = Engine(EngineConfig(device="cpu")).fit(completion, {"train": TinyParts(range(12))})
+    assert list(completion.networks) == ["rgb_to_part"]
+    batch = tiny_batch([100, 101])
+    assert torch.equal(completion(batch).map, fitted(batch).map)
+    everywhere = torch.ones_like(batch.valid)
+    photo = dataclasses.replace(batch, images={"rgb": batch.images["rgb"]}, valid=everywhere, foreground=everywhere)
+    scan = dataclasses.replace(batch, images={"xyz": batch.images["xyz"]})
+    assert set(completion(photo).branch_maps) == {"rgb"}
+    assert set(completion(scan).branch_maps) == {"xyz"}
+    place = completion.complete(completion.extract(photo))["part"]
+    seen = batch.valid & batch.foreground
+    assert float((place & seen).sum() / (place | seen).sum()) > 0.6  # cells of 8 of 64 pixels
 
 
 def test_pictures_must_fit_the_grid(fitted):

@@ -12,6 +12,10 @@ scale learn at one rate.) A part that lacks b gets the mean of H over the modali
 usual. Features of point groups have no grid of their own; they are hallucinated as one group per cell of a grid.
 
 A part without any 3D view has no measured pixels to tell: it counts as valid everywhere, as its reader says.
+
+A detector that keeps raw points and pixels (`Detector.standalone`) judges by the views that are there. What RGB lacks
+then is the place of the part, which the cloud tells; H learns its logit from the feature maps of RGB, on cells of
+`cell` pixels of which a share R is on the part (binary cross-entropy instead of Eq. 2). The part is where H is above 0.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import combinations
+from itertools import combinations, permutations
 from typing import cast
 
 import torch
@@ -35,6 +39,7 @@ from .contract import Detector, Optimise, Stage, evaluating, require, seeded
 _require = partial(require, "completion")
 _PROBES = (128, 256)  # pixels, sides of the empty parts that show the features' names, channels and grids
 _FREE = ("valid", "foreground")  # features that belong to no modality
+_PART = "part"  # of detectors that stand alone: where the part is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +90,11 @@ class Completion(Detector):
                 f"{type(inner).__name__} on {', '.join(inner.modalities)} has no second modality to do without"
             )
         self.inner = inner
-        self._shapes = self._probe()
+        names = inner.modalities
+        pairs = list(permutations(names, 2))
+        if inner.standalone:
+            pairs = [(name, _PART) for name in names if not is_geometric(name)]
+        self._shapes = self._probe([*names, _PART] if inner.standalone else names)
         with seeded(self.config.seed):
             self.networks = nn.ModuleDict(
                 {
@@ -97,9 +106,7 @@ class Completion(Detector):
                         )
                         for target in self._shapes[b].values()
                     )
-                    for a in inner.modalities
-                    for b in inner.modalities
-                    if a != b
+                    for a, b in pairs
                 }
             )
 
@@ -144,8 +151,8 @@ class Completion(Detector):
         ]
 
     def loss(self, features: Features) -> dict[str, Tensor]:
-        """Eq. 2, one scalar per ordered pair of modalities."""
-        grids = {name: self._grids(features, name) for name in self.inner.modalities}
+        """Eq. 2, one scalar per ordered pair of modalities, or of a modality and the place of the part."""
+        grids = {name: self._grids(features, name) for name in self._shapes}
         terms = {}
         for pair, networks in self.networks.items():
             a, _, b = pair.partition("_to_")
@@ -155,6 +162,9 @@ class Completion(Detector):
                 if self.config.patches is not None and self.config.patches < x.shape[1]:
                     index = torch.randperm(x.shape[1], device=x.device)[: self.config.patches]
                     x, r = x[:, index], r[:, index]
+                if b == _PART:
+                    total = total + F.binary_cross_entropy_with_logits(network(x), r)
+                    continue
                 size = r.norm(dim=-1).mean().clamp(min=1e-12)
                 total = total + (network(x) - r).norm(dim=-1).mean() / size
             terms[pair] = total
@@ -170,7 +180,7 @@ class Completion(Detector):
             return self.inner.score(self.complete(features))
 
     def complete(self, features: Features) -> Features:
-        """`features` with those of the missing modalities hallucinated."""
+        """`features` with those of the missing modalities, or where the part is, hallucinated."""
         there = {self.inner.modality_of(key) for key in features}
         missing = [name for name in self.inner.modalities if name not in there]
         if not missing:
@@ -178,23 +188,25 @@ class Completion(Detector):
         if not bool(self.fitted):
             raise NotFittedError("nothing was learned yet that could stand in for a missing modality")
         grids = {name: self._grids(features, name) for name in self.inner.modalities if name in there}
+        if self.inner.standalone:
+            return features if any(map(is_geometric, grids)) else {**features, _PART: self._place(features, grids)}
         filled = dict(features)
         for b in missing:
             filled |= self._hallucinated(features, grids, b)
         return filled
 
+    def _place(self, features: Features, grids: Mapping[str, Mapping[str, Tensor]]) -> Tensor:
+        """Where the part is, (B, H, W) bool, as the views that are there have it."""
+        H, W = features["valid"].shape[-2:]
+        logit = self._predicted(grids, _PART, 0, self._shapes[_PART][_PART], (H, W))
+        return F.interpolate(logit, size=(H, W), mode="bilinear", align_corners=False)[:, 0] > 0
+
     def _hallucinated(self, features: Features, grids: Mapping[str, Mapping[str, Tensor]], b: str) -> dict[str, Tensor]:
-        """The features of modality `b`, each the mean over the modalities that are there."""
+        """The features of modality `b`."""
         H, W = features["valid"].shape[-2:]
         made: dict[str, Tensor] = {}
         for index, (key, shape) in enumerate(self._shapes[b].items()):
-            channels, (h, w) = shape.channels, shape.grid(H, W)
-            votes = []
-            for a, own in grids.items():
-                like = next(iter(own.values())).new_zeros(1, channels, h, w)
-                network = cast(nn.ModuleList, self.networks[f"{a}_to_{b}"])[index]
-                votes.append(network(_patches(_joined(own, like))))  # B P C
-            grid = torch.stack(votes).mean(0).mT.unflatten(2, (h, w))  # B C h w
+            grid = self._predicted(grids, b, index, shape, (H, W))
             if key == f"{b}.groups":
                 counted = features["valid"] & features["foreground"]
                 made |= {f"{b}.{name}": x for name, x in groups_on_grid(grid, counted).items()}
@@ -202,26 +214,44 @@ class Completion(Detector):
                 made[key] = grid
         return made
 
+    def _predicted(
+        self, grids: Mapping[str, Mapping[str, Tensor]], b: str, index: int, shape: _Shape, size: tuple[int, int]
+    ) -> Tensor:
+        """Map `index` of `b`, (B, C, h, w) for parts of `size`: the mean over the modalities that are there."""
+        h, w = shape.grid(*size)
+        votes = []
+        for a, own in grids.items():
+            like = next(iter(own.values())).new_zeros(1, shape.channels, h, w)
+            network = cast(nn.ModuleList, self.networks[f"{a}_to_{b}"])[index]
+            votes.append(network(_patches(_joined(own, like))))  # B P C
+        return torch.stack(votes).mean(0).mT.unflatten(2, (h, w))
+
     # -- features as grids ---------------------------------------------------------------------------------------------
 
     def _grids(self, features: Features, name: str) -> dict[str, Tensor]:
-        """The feature maps (B, C, h, w) of modality `name` by key; features of point groups on a grid of cells."""
-        own = {key: x for key, x in features.items() if self.inner.modality_of(key) == name}
-        if f"{name}.near" in own:
-            H, W = features["valid"].shape[-2:]
-            grid = (-(-H // self.config.cell), -(-W // self.config.cell))
-            return {f"{name}.groups": point_grid(features, grid, name).float()}
-        return {key: x.float() for key, x in own.items()}
+        """The feature maps (B, C, h, w) of modality `name` by key; features of point groups on a grid of cells.
 
-    def _probe(self) -> dict[str, dict[str, _Shape]]:
+        Of a detector that stands alone also the place of the part, as its share of the cells, and no features but maps.
+        """
+        own = {key: x for key, x in features.items() if self.inner.modality_of(key) == name}
+        H, W = features["valid"].shape[-2:]
+        grid = (-(-H // self.config.cell), -(-W // self.config.cell))
+        if name == _PART:
+            return {_PART: F.adaptive_avg_pool2d(features[_PART][:, None].float(), grid)}
+        if f"{name}.near" in own:
+            return {f"{name}.groups": point_grid(features, grid, name).float()}
+        maps = {key: x.float() for key, x in own.items() if not self.inner.standalone or x.ndim == 4}
+        return {key: self.inner.over_part(key, x) for key, x in maps.items()}
+
+    def _probe(self, names: Sequence[str]) -> dict[str, dict[str, _Shape]]:
         """Modality -> name -> shape of its feature maps, from empty parts of two sizes.
 
         Raises:
             ConfigError: a feature belongs to no modality, or is no map.
         """
         shapes: dict[str, dict[str, _Shape]] = {}
-        small, large = (self._of_nothing(size) for size in _PROBES)
-        for name in self.inner.modalities:
+        small, large = (self._of_nothing(size, names) for size in _PROBES)
+        for name in names:
             if not small[name] or any(grid.ndim != 4 for grid in small[name].values()):
                 raise ConfigError(f"the features of '{name}' in {type(self.inner).__name__} are no maps (B, C, h, w)")
             shapes[name] = {
@@ -230,19 +260,20 @@ class Completion(Detector):
             }
         return shapes
 
-    def _of_nothing(self, size: int) -> dict[str, dict[str, Tensor]]:
+    def _of_nothing(self, size: int, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
         """The feature maps of an empty part."""
         nothing = torch.zeros(1, size, size, dtype=torch.bool)
         blank = _with_blanks(Batch(("probe",), {}, nothing, nothing), self.inner.modalities)
         with evaluating(self.inner), torch.no_grad():
             features = self.inner.extract(blank)
         for key in features:
-            if key not in _FREE and self.inner.modality_of(key) not in self.inner.modalities:
+            free = key in _FREE or (self.inner.standalone and key == _PART)
+            if not free and self.inner.modality_of(key) not in self.inner.modalities:
                 raise ConfigError(
                     f"{type(self.inner).__name__} joins its modalities before it keeps their features ('{key}'): a "
                     f"missing one cannot be filled in"
                 )
-        return {name: self._grids(features, name) for name in self.inner.modalities}
+        return {name: self._grids(features, name) for name in names}
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,19 @@ class Detector(nn.Module):
         """The sets of modalities with which a part can be judged, the best first; usually one: `modalities`."""
         return list(dict.fromkeys([self.modalities, self.required]))
 
+    @property
+    def standalone(self) -> bool:
+        """Whether `score` judges by the views that are there if those of another are not among its features.
+
+        So it is where features are raw points and pixels, for which nothing can stand in. Where the part is, which the
+        cloud tells, is then said by the feature ``part`` (B, H, W) bool.
+        """
+        return False
+
+    def over_part(self, feature: str, x: Tensor) -> Tensor:
+        """A feature map `x` (B, C, h, w) whose cells lie all over the part: itself unless its rim is missing."""
+        return x
+
     def modality_of(self, feature: str) -> str:
         """The modality that a feature of `extract` comes from, by its name; ``""`` for none or several.
 

@@ -213,6 +213,15 @@ class MDSS(Detector):
         unmasked = not c.sees_cloud and not c.mask_score
         return ("rgb",) if unmasked else self.modalities
 
+    @property
+    def standalone(self) -> bool:
+        """Each of two branches judges for itself."""
+        return self.config.sees_rgb and self.config.sees_cloud
+
+    def over_part(self, feature: str, x: Tensor) -> Tensor:
+        """The teacher's cells end four before the border; the rim repeats them."""
+        return F.pad(x, (MARGIN,) * 4, mode="replicate") if feature == "rgb.teacher" else x
+
     # -- the frozen part ---------------------------------------------------------------------------------------------
 
     def extract(self, batch: Batch) -> Features:
@@ -342,13 +351,13 @@ class MDSS(Detector):
     # -- scoring -----------------------------------------------------------------------------------------------------
 
     def score(self, features: Features) -> Prediction:
-        """Eq. 6, or the map of the one branch and its maximum."""
+        """Eq. 6, or the map of the one branch and its maximum: the one that there is, or that a view is there for."""
         c = self.config
-        if not c.sees_cloud:
+        if not c.sees_cloud or "xyz.points" not in features:
             rgb = self.student_map(features)
             return Prediction(score=_top(rgb), map=rgb, branch_maps={"rgb": rgb})
         cloud = self.distance_map(features)
-        if not c.sees_rgb:
+        if not c.sees_rgb or "rgb.image" not in features:
             return Prediction(score=_top(cloud), map=cloud, branch_maps={"xyz": cloud})
         rgb = self.student_map(features)
         aligned = align(rgb, self.line, background=c.lift_background)

@@ -221,6 +221,11 @@ class ShapeGuided(Detector):
         c = self.config
         return tuple(name for name in c.modalities if (c.sees_rgb if name == "rgb" else c.sees_cloud))
 
+    @property
+    def standalone(self) -> bool:
+        """Each of two experts judges for itself, the one of RGB unguided then."""
+        return self.config.joins
+
     # -- the frozen part ---------------------------------------------------------------------------------------------
 
     def extract(self, batch: Batch) -> Features:
@@ -339,12 +344,13 @@ class ShapeGuided(Detector):
     # -- scoring -----------------------------------------------------------------------------------------------------
 
     def score(self, features: Features) -> Prediction:
-        """Eq. 5, or map and score of the one expert."""
+        """Eq. 5, or map and score of the one expert: the one that there is, or that a view is there for."""
         c = self.config
         judged = [self.judge(features, index) for index in range(len(features["part"]))]
         s_rgb, rgb, s_3d, cloud = (torch.stack(list(side)) for side in zip(*judged))
-        if not c.joins:
-            score, maps = (s_rgb, rgb) if c.experts == "rgb" or not c.sees_cloud else (s_3d, cloud)
+        sees_rgb, sees_cloud = _seen(c, features)
+        if not (c.joins and sees_rgb and sees_cloud):
+            score, maps = (s_rgb, rgb) if c.experts == "rgb" or not sees_cloud else (s_3d, cloud)
             name = "rgb" if maps is rgb else "xyz"
             maps = smooth(maps, c.blur, c.blur_sigma)
             return Prediction(score=score, map=maps, branch_maps={name: maps})
@@ -365,13 +371,14 @@ class ShapeGuided(Detector):
         c, part = self.config, features["part"][index]
         zero, nothing = features["part"].new_zeros((), dtype=torch.float32), torch.zeros_like(part, dtype=torch.float32)
         s_rgb, rgb, s_3d, cloud_map = zero, nothing, zero, nothing
-        cloud = self.cloud(features, index) if c.sees_cloud else None
+        sees_rgb, sees_cloud = _seen(c, features)
+        cloud = self.cloud(features, index) if sees_cloud else None
         found: Rebuilt | None = None
         if cloud is not None:
             found = self._rebuild(cloud.codes, self.codes, c.k_sdf, skip)  # Eq. 1
             if c.experts != "rgb":
                 s_3d, cloud_map = found.distance.amax(), self._distances(found.vectors, cloud, part)
-        if c.sees_rgb:
+        if sees_rgb:
             s_rgb, rgb = self._colour_residuals(features["rgb.cells"][index], cloud, found, skip, part)
         return s_rgb, rgb, s_3d, cloud_map
 
@@ -417,7 +424,11 @@ class ShapeGuided(Detector):
         c, grid = self.config, cells.shape[-2:]
         values = cells.flatten(1).T  # h*w C
         bank = self.colours
-        asked = torch.ones(len(values), dtype=torch.bool, device=values.device) if cloud is None else cloud.cells.any(0)
+        if cloud is None:
+            asked = F.max_pool2d(part[None].float(), CELL).flatten() > 0
+            asked = asked | ~asked.any()  # nothing tells where the part is
+        else:
+            asked = cloud.cells.any(0)
         if c.guided and found is not None:
             bank = bank[self.candidates(found.rows)]
         residual = values.new_zeros(len(values))
@@ -445,6 +456,11 @@ class ShapeGuided(Detector):
             return found
         vectors = bank[found.rows[:, 0]]
         return Rebuilt(vectors, torch.linalg.vector_norm(queries - vectors, dim=1), found.rows)
+
+
+def _seen(c: ShapeGuidedConfig, features: Features) -> tuple[bool, bool]:
+    """Whether there is something to judge by for the RGB expert, and for the other."""
+    return c.sees_rgb and "rgb.cells" in features, c.sees_cloud and "xyz.points" in features
 
 
 def shifted_cells(cells: Tensor, shift: int, grid: tuple[int, int]) -> Tensor:
