@@ -22,7 +22,7 @@ from polyspect.fitting.engine import Engine, EngineConfig
 from polyspect.layers.rgb_points import groups_on_grid, point_grid, point_patches
 from polyspect.metrics import auroc
 from polyspect.samples import Batch
-from tiny import TinyParts, tiny_batch
+from tiny import TinyParts, only, tiny_batch
 
 TRAIN, HELD = TinyParts(range(12)), TinyParts(range(50, 56))
 
@@ -41,14 +41,6 @@ def inner():
 @pytest.fixture(scope="module")
 def completed(inner) -> Completion:
     return engine().fit(Completion(inner, CompletionConfig(epochs=30, batch_size=4)), {"train": TRAIN})
-
-
-def only(batch: Batch, names) -> Batch:
-    images = {name: image for name, image in batch.images.items() if name in names}
-    if "normals" in images:
-        return replace(batch, images=images)
-    everywhere = torch.ones_like(batch.valid)
-    return replace(batch, images=images, valid=everywhere, foreground=everywhere)
 
 
 def test_complete_parts_are_judged_as_before_bit_for_bit(inner, completed):
@@ -240,9 +232,6 @@ def test_every_kind_of_features_is_filled_in(name: str, small: dict):
     completion = engine().fit(Completion(detector, CompletionConfig(epochs=4, batch_size=4)), {"train": TRAIN})
     batch = tiny_batch([100, 101])
     for names in completion.choices[1:]:
-        images = {view: batch.images[view] for view in names}
-        whole = torch.ones_like(batch.valid)
-        part = replace(batch, images=images) if names != ("rgb",) else Batch(batch.ids, images, whole, whole)
-        prediction = completion(part)
+        prediction = completion(only(batch, names))
         assert bool(torch.isfinite(prediction.map).all())
         assert float(prediction.map.flatten(1).std(1).min()) > 0

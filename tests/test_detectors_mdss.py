@@ -36,7 +36,7 @@ from polyspect.layers.maps import gaussian_smooth
 from polyspect.layers.signed_distance import SignedDistance, normalise_patches, sample_queries, to_pixels
 from polyspect.metrics import auroc
 from polyspect.samples import Batch, Features
-from tiny import TinyParts, blinded, take, tiny_batch
+from tiny import TinyParts, blinded, only, take, tiny_batch
 
 TINY = {
     "teacher_weights": "random",
@@ -625,9 +625,7 @@ def test_a_completed_model_judges_parts_with_one_view(fitted):
     assert list(completion.networks) == ["rgb_to_part"]
     batch = tiny_batch([100, 101])
     assert torch.equal(completion(batch).map, fitted(batch).map)
-    everywhere = torch.ones_like(batch.valid)
-    photo = dataclasses.replace(batch, images={"rgb": batch.images["rgb"]}, valid=everywhere, foreground=everywhere)
-    scan = dataclasses.replace(batch, images={"xyz": batch.images["xyz"]})
+    photo, scan = only(batch, ["rgb"]), only(batch, ["xyz"])
     assert torch.equal(completion(scan).map, fitted.distance_map(fitted.extract(batch)))
     place = completion.complete(completion.extract(photo))["part"]
     seen = batch.valid & batch.foreground

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from polyspect.layers.smoothing import smooth
 from polyspect.layers.sparse_coding import Rebuilt, rebuild
 from polyspect.metrics import auroc
 from published_networks import signed_distance
-from tiny import TinyParts, blinded, tiny_batch
+from tiny import TinyParts, blinded, only, tiny_batch
 
 TINY = {
     "distance_steps": 30,
@@ -293,9 +292,7 @@ def test_a_completed_model_judges_parts_with_one_view(fitted):
     assert list(completion.networks) == ["rgb_to_part"]
     batch = tiny_batch([100, 101])
     assert torch.equal(completion(batch).map, fitted(batch).map)
-    everywhere = torch.ones_like(batch.valid)
-    photo = dataclasses.replace(batch, images={"rgb": batch.images["rgb"]}, valid=everywhere, foreground=everywhere)
-    scan = dataclasses.replace(batch, images={"xyz": batch.images["xyz"]})
+    photo, scan = only(batch, ["rgb"]), only(batch, ["xyz"])
     assert set(completion(photo).branch_maps) == {"rgb"}
     assert set(completion(scan).branch_maps) == {"xyz"}
     place = completion.complete(completion.extract(photo))["part"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from polyspect.samples import Batch
+from polyspect.samples import Batch, is_geometric
 
 SIZE = 64
 
@@ -67,6 +67,15 @@ def take(batch: Batch, indices: Sequence[int]) -> Batch:
     index = list(indices)
     images = {name: image[index] for name, image in batch.images.items()}
     return Batch([batch.ids[i] for i in index], images, batch.valid[index], batch.foreground[index])
+
+
+def only(batch: Batch, names: Sequence[str]) -> Batch:
+    """The parts with these views alone; without a geometric one all pixels count, as a reader of photos says."""
+    images = {name: image for name, image in batch.images.items() if name in names}
+    if any(map(is_geometric, images)):
+        return replace(batch, images=images)
+    everywhere = torch.ones_like(batch.valid)
+    return replace(batch, images=images, valid=everywhere, foreground=everywhere)
 
 
 def blinded(batch: Batch) -> Batch:

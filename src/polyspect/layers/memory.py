@@ -287,7 +287,8 @@ class MemoryBank(nn.Module):
         max_bytes: Most bytes of collected patches. Beyond it they are a uniform random sample of all patches
             (reservoir sampling), and `build` logs a warning with both counts.
         normalise: Shift and scale all patches by two numbers, mean and deviation of the training patches' entries.
-        storage: ``"float16"`` halves the bank; distances are those to the rounded vectors, in float32.
+        storage: ``"float16"`` halves the bank; distances are those to the rounded vectors, in float32. A float32 bank
+            keeps what searching needs between calls, as much memory again; a float16 one makes it in every call.
         backend: ``"faiss"`` finds candidates by FAISS (an optional extra) on the CPU; the results are the same.
 
     Raises:
