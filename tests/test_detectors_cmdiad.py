@@ -135,9 +135,17 @@ def test_the_network_of_the_other_modality_does_not_run(monkeypatch):
     assert torch.equal(detector(batch).map, expected)
 
 
-def test_completion_serves_f2f_and_refuses_i2f():
+def test_completion_serves_f2f_and_refuses_i2f(tmp_path):
     completion = Completion(fitted(), CompletionConfig(epochs=1))
     assert completion.choices == [("rgb", "xyz"), ("rgb",), ("xyz",)]
+    assert list(completion.networks) == ["rgb_to_xyz"]  # RGB is hallucinated by CMDIAD itself
+    fit(completion)
+    model = Model("cmdiad", completion, Preparation())
+    loaded = Model.load(model.save(tmp_path / "any.safetensors"), "cpu").detector
+    batch = tiny_batch([100, 101])
+    with torch.no_grad():
+        assert torch.equal(loaded(only(batch, "xyz")).map, fitted()(batch).map)
+        assert torch.equal(loaded(without_3d(batch)).map, completion(without_3d(batch)).map)
     with pytest.raises(ConfigError, match=r"'xyz\.image'"):
         Completion(fitted(route="i2f"))
 
@@ -395,6 +403,20 @@ def test_rates_of_the_routes():
     assert (optimizer.defaults["betas"], optimizer.defaults["weight_decay"]) == ((0.9, 0.999), 0)
 
 
+def test_levels_are_measured_where_they_are_read():
+    """A bank whose patches all count needs no level of validation parts."""
+    looked = {
+        name: [stage.name for stage in build(**settings).stages() if isinstance(stage, Observe)]
+        for name, settings in {
+            "xyz": {}, "rgb": {"main": "rgb"}, "all": {"mask_invalid": False}, "dual": {"banks": "dual"},
+        }.items()
+    }  # fmt: skip
+    assert {name for name, stages in looked.items() if "levels" in stages} == {"xyz", "dual"}
+    dual = fitted(banks="dual").banks
+    assert float(dual["xyz"].mean) > 0
+    assert float(dual["rgb"].mean) == 0
+
+
 def test_the_best_network_on_validation_parts_wins(monkeypatch):
     detector = build(select_every=2, epochs=5)
     names = [stage.name for stage in detector.stages()]
@@ -483,6 +505,8 @@ def test_statistics_of_the_banks():
         assert float(own.banks[name].feature_std) == pytest.approx(float(values[measured].std()), rel=1e-3)
     none = fitted(bank_stats="none")
     assert [float(bank.feature_std) for bank in none.banks.values()] == [1, 1]
+    single = fitted(banks="single", bank_stats="released").banks["xyz"]
+    assert float(single.feature_std) == float(fitted(banks="single").banks["xyz"].feature_std)
 
 
 def test_the_second_bank_can_hold_real_features():
@@ -616,7 +640,6 @@ def test_a_published_file_is_used_as_it_is(tmp_path):
         ({"lambda_rgb": -1.0}, "`lambda_rgb`"),
         ({"route": "i2f", "patch": 8}, "`patch`"),
         ({"route": "i2f", "network": "conv"}, "`network`"),
-        ({"banks": "single", "bank_stats": "released"}, "`bank_stats`"),
         ({"max_gib": 0.0}, "`max_gib`"),
     ],
 )
@@ -631,6 +654,8 @@ def test_presets():
     assert (paper.batch_size, paper.epochs, paper.coreset_ratio, paper.bank_limit) == (32, 100, 0.1, None)
     released = configure(CMDIAD, preset="released")
     assert (released.bank_stats, released.blur, released.decision) == ("released", "pil", "sgd")
+    assert (paper.coreset_distance, released.coreset_distance) == ("same", "l2")
+    configure(CMDIAD, {"banks": "single"}, preset="released")  # a row of the tables
     assert CMDIAD.PREPARATION == {"": "cloud", "fast": "cloud", "paper": "btf", "released": "btf"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -122,6 +123,20 @@ def test_groups_on_a_grid_are_that_grid_again():
     counted[0] = False
     features = {f"xyz.{name}": x for name, x in groups_on_grid(grid, counted).items()} | {"valid": counted}
     assert float(point_grid(features, (8, 8))[0].abs().max()) == 0
+
+
+def test_a_fine_grid_of_groups_keeps_its_places():
+    """More cells than 16 bits count."""
+    made = groups_on_grid(torch.zeros(1, 1, 200, 200), torch.ones(1, 200, 200, dtype=torch.bool))
+    assert made["near"][0, :, 0].tolist() == list(range(200 * 200))
+
+
+def test_networks_are_probed_where_the_detector_is(inner):
+    """On the meta device here; a probe on the CPU would not meet the detector's tensors."""
+    moved = copy.deepcopy(inner).to("meta")
+    assert [tuple(x.shape) for x in Completion(moved).parameters()] == [
+        tuple(x.shape) for x in Completion(inner).parameters()
+    ]
 
 
 # -- the whole road ----------------------------------------------------------------------------------------------------

@@ -296,9 +296,11 @@ def test_distances_of_groups_are_interpolated_at_the_pixels(parts: Batch):
     d = torch.stack([torch.cdist(v, bank.vectors).amin(1) for v in values])  # B G
     for b, pixel in ((0, 32 * SIZE + 30), (1, 25 * SIZE + 40), (0, 0)):
         near, share = features["xyz.near"][b, pixel].long(), features["xyz.share"][b, pixel]
-        expected = sum(float(d[b, g] * s) for g, s in zip(near, share))
+        expected = sum(float(d[b, g] * s) for g, s in zip(near, share)) + float((1 - share.sum()) * bank.mean)
         assert float(result.map[b].flatten()[pixel]) == pytest.approx(expected, rel=1e-4, abs=1e-5)
-    assert bool(detector(blinded(parts)).score.isfinite().all())
+    nothing = detector(blinded(parts))  # a part without points is average, no paragon
+    assert_close(nothing.map, torch.full_like(nothing.map, float(bank.mean)))
+    assert_close(nothing.score, torch.full_like(nothing.score, float(bank.mean)))
     with pytest.raises(ConfigError, match="patch"):
         M3DMConfig(patch="groups")
 
@@ -492,6 +494,7 @@ def test_presets():
     paper, released = configure(M3DM, preset="paper"), configure(M3DM, preset="released")
     assert (paper.uff_steps, paper.uff_warmup, paper.bank_stats, paper.blur) == (750, 250, "own", "gaussian")
     assert (released.uff_steps, released.uff_pairs, released.dlf_solver) == (RELEASED_UPDATES, "released", "sgd")
+    assert (paper.released_sampling, released.released_sampling) == (False, True)
     assert configure(M3DM, {"patch": "groups", "banks": ["xyz"]}).patch == "groups"
     with pytest.raises(ConfigError, match="modalities"):
         configure(M3DM, {"modalities": ["rgb"]})

@@ -16,6 +16,7 @@ from polyspect.layers.hallucination import (
     ImageHallucination,
     PatchHallucination,
     PatchImageHallucination,
+    _enlarge,
     hallucination_loss,
 )
 from polyspect.weights.cross_modal import (
@@ -165,6 +166,13 @@ def test_a_constant_map_gives_an_image_that_is_constant_inside():
     image = ImageHallucination(6)(noise("x", 1, 6, 1, 1).expand(1, 6, 12, 12))
     inside = image[:, :, 16:-16, 16:-16]  # 1 cell of the first kernel, 2 of the enlargement, 3 pixels of the others
     assert_close(inside, inside[:, :, :1, :1].expand_as(inside))
+
+
+def test_enlarging_by_products_is_bicubic_interpolation():
+    x = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    for factor in (1, 4, 8):
+        expected = F.interpolate(x, scale_factor=float(factor), mode="bicubic", align_corners=False)
+        assert_close(_enlarge(x, factor), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_maps_keep_their_raster_order():

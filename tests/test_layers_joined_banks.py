@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from polyspect.errors import NotFittedError
+from polyspect.errors import ConfigError, NotFittedError
 from polyspect.layers.decision import DecisionLayer
-from polyspect.layers.distances import Metric, MetricBank
+from polyspect.layers.distances import Metric, MetricBank, l1_coreset
 from polyspect.layers.joined_banks import Banks, Decisions, Patches
 from polyspect.layers.memory import MemoryBank
 
@@ -95,7 +95,7 @@ def test_without_a_layer_values_are_added_as_they_are():
 @pytest.mark.parametrize("metric", ["l2", "l1", "cos"])
 def test_a_bank_by_another_metric(metric: Metric):
     rows, queries = random(8, 5), random(3, 5, seed=1)
-    one = MetricBank("x", metric, metric, ratio=1.0, normalise=True)
+    one = MetricBank("x", metric, metric, metric, ratio=1.0, normalise=True)
     with pytest.raises(NotFittedError, match="memory bank 'x' is empty"):
         one.distance(queries)
     one.add(rows)
@@ -113,3 +113,47 @@ def test_a_bank_by_another_metric(metric: Metric):
     assert torch.equal(matches, table.argmin(1))
     beside = distance(one.vectors[matches][:, None], one.vectors).argsort(1)[:, :3]
     assert_close(one.around(queries, matches, 3), table.gather(1, beside), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("metric", ["l1", "cos"])
+def test_the_coreset_of_another_metric_is_chosen_by_it(metric: Metric):
+    rows = random(40, 6) * torch.linspace(0.2, 5, 40)[:, None]
+    bank = MetricBank("x", metric, metric, metric, ratio=0.2)
+    bank.add(rows)
+    bank.build()
+    unit = F.normalize(rows, dim=1)
+    table = torch.cdist(rows, rows, p=1.0) if metric == "l1" else 1 - unit @ unit.T
+    chosen = [0]
+    while len(chosen) < 8:
+        chosen.append(int(table[chosen].amin(0).argmax()))
+    assert torch.equal(bank.vectors, rows[chosen])
+    other = MetricBank("x", metric, metric, "l2", ratio=0.2)
+    other.add(rows)
+    other.build()
+    assert not torch.equal(other.vectors, bank.vectors)
+
+
+def test_an_l1_coreset_takes_copies_last_and_ties_by_index():
+    rows = torch.tensor([[0.0], [2.0], [-2.0], [0.0], [2.0]])
+    seen = []
+    assert l1_coreset(rows, 5, progress=lambda done, size: seen.append((done, size))).tolist() == [0, 1, 2, 3, 4]
+    assert seen[-1] == (5, 5)
+    assert l1_coreset(rows, 1, start=2).tolist() == [2]
+    with pytest.raises(ConfigError, match="6 rows"):
+        l1_coreset(rows, 6)
+
+
+def test_pixels_without_a_group_have_the_banks_level():
+    bank = MemoryBank("x", ratio=1.0)
+    bank.add(random(6, 4))
+    bank.build()
+    bank.observe(torch.tensor([2.0, 3.0]))
+    bank.set_level()
+    near = torch.zeros(1, 16, 2, dtype=torch.int64)
+    share = torch.zeros(1, 16, 2)
+    share[:, :8] = 0.5  # the upper half listens to group 0
+    patches = Patches(random(1, 1, 3, 4, seed=1), torch.ones(1, 1, 3, dtype=torch.bool), near=near, share=share)
+    maps = Banks({"x": bank}).measure({"x": patches}, (4, 4), blur="none", sigma=0.0, form="none", n=1)[1][0, ..., 0]
+    own = bank.distance(patches.values[0, 0])[0][0]
+    assert_close(maps[:2], own.expand(2, 4))
+    assert_close(maps[2:], torch.full((2, 4), 2.5))

@@ -228,6 +228,7 @@ class Model:
             raise ModelFileError(f"'{path}' is a checkpoint of an unfinished fit: run that fit again with --resume")
         kind = detector_class(header["detector"])
         detector: Detector = kind(build_config(kind.Config, header["config"]), pretrained=False)  # type: ignore[call-arg]
+        detector.fitted.fill_(True)  # which can decide what a completion has to stand in for
         if header.get("completion"):
             detector = Completion(detector, build_config(CompletionConfig, header["completion"]))
         detector.load_tensors(tensors)

@@ -112,7 +112,8 @@ class CMDIADConfig:
     # memory banks
     hallucination_bank: Literal["hallucinated", "real"] = "hallucinated"  # what M_b is filled with
     bank_stats: Literal["own", "released", "none"] = "own"  # normalise by: own mean and std; real xyz's mean, rgb's std
-    distance: Metric = "l2"  # D of banks, App. A.4; the coreset is always chosen by l2
+    distance: Metric = "l2"  # D of banks, App. A.4
+    coreset_distance: Literal["same", "l2"] = "same"  # by which a bank is chosen, Sec. 3.3; l2: as in the program
     coreset_ratio: float = 0.1  # share of its patches that a bank keeps, above 0, at most 1, Tab. 5
     coreset_eps: float = 0.9  # distortion of the random projection in which the coreset is chosen, between 0 and 1
     bank_limit: int | None = 4_000  # most patches that a bank keeps; bounds the time per part; None: no limit
@@ -151,8 +152,6 @@ class CMDIADConfig:
         _require(not i2f or self.patch == 4, "patch", "4 with route i2f, whose network has that stride", self.patch)
         ready = self.checkpoint is None or self.trained
         _require(ready, "trained", "true with a `checkpoint`", self.trained)
-        own = self.banks != "single" or self.bank_stats != "released"
-        _require(own, "bank_stats", "'own' or 'none' with a single bank, as in the program", self.bank_stats)
 
     @property
     def modalities(self) -> tuple[str, ...]:
@@ -175,6 +174,18 @@ class CMDIADConfig:
     def learns(self) -> bool:
         """Whether a hallucination network is trained."""
         return self.banks == "mtfi" and self.trained and self.checkpoint is None
+
+    @property
+    def shares_statistics(self) -> bool:
+        """Whether banks are normalised by common numbers; a single bank has its own in the program, too."""
+        return self.bank_stats == "released" and self.banks != "single"
+
+    @property
+    def masked(self) -> tuple[View, ...]:
+        """The banks whose patches count only where there are points."""
+        if not self.mask_invalid or (self.main == "rgb" and self.banks != "dual"):
+            return ()
+        return ("xyz",) if self.banks == "dual" else self.names
 
     @property
     def by_patch(self) -> bool:
@@ -218,6 +229,7 @@ class CMDIAD(Detector):
             "patches": None,
             "batch_size": 32,
             "bank_stats": "released",
+            "coreset_distance": "l2",
             "reweight_distance": "l2",
             "blur": "pil",
             "decision": "sgd",
@@ -319,8 +331,9 @@ class CMDIAD(Detector):
             stages += self._training()
         real = {name: MapMoments() for name in c.names}  # entries of the real features, for released statistics
         stages.append(Observe(name="banks", update=partial(self._see_parts, real), finish=partial(self._build, real)))
-        see, finish = self._see_levels, self.banks.set_levels
-        stages.append(Observe(name="levels", update=see, finish=finish, split="validation"))
+        if c.masked:
+            see, finish = self._see_levels, partial(self.banks.set_levels, but=set(c.names) - set(c.masked))
+            stages.append(Observe(name="levels", update=see, finish=finish, split="validation"))
         if self.decisions:
             stages.append(Observe(name="decision", update=self._see_values, finish=self.decisions.fit))
         return stages
@@ -472,7 +485,6 @@ class CMDIAD(Detector):
     def patches(self, features: Features, *, filling: bool = False) -> dict[str, Patches]:
         """The patches that each bank looks at; when `filling`, those that it is made of."""
         c = self.config
-        masked = c.mask_invalid and "xyz" in c.names and (c.banks == "dual" or c.main == "xyz")
         found = {}
         for name in c.names:
             if c.banks != "mtfi" or name == c.main or (filling and c.hallucination_bank == "real"):
@@ -482,7 +494,7 @@ class CMDIAD(Detector):
                 values = self.hallucinate(features)
             grid: Grid = (values.shape[1], values.shape[2])
             counts = torch.ones(values.shape[:3], dtype=torch.bool, device=values.device)
-            if masked and not (c.banks == "dual" and name == "rgb"):
+            if name in c.masked:
                 counts = measured_patches(features, grid).unflatten(1, grid)
             found[name] = Patches(values, counts)
         return found
@@ -493,6 +505,7 @@ class CMDIAD(Detector):
             name,
             c.distance,
             c.distance if c.reweight_distance == "same" else "l2",
+            c.distance if c.coreset_distance == "same" else "l2",
             ratio=c.coreset_ratio,
             limit=c.bank_limit,
             eps=c.coreset_eps,
@@ -505,7 +518,7 @@ class CMDIAD(Detector):
         patches = self.patches(features, filling=True)
         for name, bank in self.banks.named():
             bank.add(patches[name].values[patches[name].counts])
-        if self.config.bank_stats == "released":
+        if self.config.shares_statistics:
             for name, moments in real.items():
                 own = self.grid(features) if name == "xyz" else _size_of(features["rgb.grid"])
                 entries = self.real(features, name, own)[None]
@@ -515,13 +528,14 @@ class CMDIAD(Detector):
 
     def _build(self, real: Mapping[str, MapMoments]) -> None:
         shared = None
-        if self.config.bank_stats == "released":
+        if self.config.shares_statistics:
             shared = float(real["xyz"].take()[1][0]), float(real["rgb"].take()[2][0])
         for _, bank in self.banks.named():
             bank.build(statistics=shared)
 
     def _see_levels(self, features: Features) -> None:
-        self.banks.observe_levels(self.patches(features))
+        c = self.config
+        self.banks.observe_levels(self.patches(features), but=set(c.names) - set(c.masked))
 
     # -- scores ------------------------------------------------------------------------------------------------------
 

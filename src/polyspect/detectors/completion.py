@@ -2,7 +2,8 @@
 
 After Sui et al., "Incomplete multimodal industrial anomaly detection via cross-modal distillation" (CMDIAD, Information
 Fusion 2025), Sec. 3.2 (F2F), which does it for two memory banks. Here the detector is whatever was fitted before: it
-stays as it is, and for every ordered pair of its modalities a -> b and every feature map R of b one network learns
+stays as it is, and for every ordered pair of its modalities a -> b, b one that its answer rests on, and every feature
+map R of b one network learns
 
     H_p = MLP(LN(x_p)),   x: all feature maps of a, joined on the grid of R                              (1)
     L   = sum over pairs and maps of  mean_p |H_p - R_p| / mean_p |R_p|                                  (2)  l2
@@ -91,7 +92,7 @@ class Completion(Detector):
             )
         self.inner = inner
         names = inner.modalities
-        pairs = list(permutations(names, 2))
+        pairs = [(a, b) for a, b in permutations(names, 2) if b in inner.required]
         if inner.standalone:
             pairs = [(name, _PART) for name in names if not is_geometric(name)]
         self._shapes = self._probe([*names, _PART] if inner.standalone else names)
@@ -182,7 +183,7 @@ class Completion(Detector):
     def complete(self, features: Features) -> Features:
         """`features` with those of the missing modalities, or where the part is, hallucinated."""
         there = {self.inner.modality_of(key) for key in features}
-        missing = [name for name in self.inner.modalities if name not in there]
+        missing = [name for name in self.inner.required if name not in there]
         if not missing:
             return features
         if not bool(self.fitted):
@@ -262,7 +263,7 @@ class Completion(Detector):
 
     def _of_nothing(self, size: int, names: Sequence[str]) -> dict[str, dict[str, Tensor]]:
         """The feature maps of an empty part."""
-        nothing = torch.zeros(1, size, size, dtype=torch.bool)
+        nothing = torch.zeros(1, size, size, dtype=torch.bool, device=self.inner.fitted.device)
         blank = _with_blanks(Batch(("probe",), {}, nothing, nothing), self.inner.modalities)
         with evaluating(self.inner), torch.no_grad():
             features = self.inner.extract(blank)

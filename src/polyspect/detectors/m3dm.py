@@ -66,6 +66,7 @@ class M3DMConfig:
     groups: int = 1024  # point groups per part, Tab. 5
     group_size: int = 128  # points per group, Tab. 5
     statistics: Statistics = "cloud"  # of the point network's norms: each cloud's, or the stored ones
+    released_sampling: bool = False  # leave points within 3 cm of the origin out of the centres, as the CUDA sampler
     patch: int | Literal["groups"] = 4  # pixels per side of a point patch, Tab. 5 (at 224: 4 is 56x56); or whole groups
     mask_invalid: bool = True  # patches without any point: out of xyz and fused banks and rows, and scored as average
     xyz_parts: int | None = None  # only the first so many training parts fill the xyz and fused banks; None: all
@@ -176,6 +177,7 @@ class M3DM(Detector):
             **PAPER_EXTRACTOR,
             **PAPER,
             "lambda_fused": 1.0,
+            "released_sampling": True,
             "mask_invalid": False,
             "uff_steps": RELEASED_UPDATES,
             "uff_warmup": 10,
@@ -208,7 +210,8 @@ class M3DM(Detector):
     def __init__(self, config: M3DMConfig, *, pretrained: bool = True) -> None:
         super().__init__(config)
         c = config
-        self.extractor = build_extractor(c, c.point_layers, pretrained=pretrained)
+        sampling = c.released_sampling
+        self.extractor = build_extractor(c, c.point_layers, pretrained=pretrained, released_sampling=sampling)
         self.sources |= self.extractor.sources
         self.uff: FeatureFusion | None = None
         if c.uff and "fused" in c.banks:

@@ -308,14 +308,16 @@ def derive_seed(seed: int, *place: int) -> int:
 
 
 def pick_accelerator(device: str) -> str:
-    """``auto`` -> the best there is; anything else must be there.
+    """``auto`` -> cuda where there is one, else cpu; anything else must be there.
+
+    MPS has no float64, which banks and statistics are kept in: it is taken only when asked for.
 
     Raises:
         ConfigError: the device asked for is unknown or not there.
     """
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if device == "auto":
-        return "cuda" if there["cuda"] else "mps" if there["mps"] else "cpu"
+        return "cuda" if there["cuda"] else "cpu"
     if device not in there:
         raise ConfigError(f"unknown device '{device}': one of auto, {', '.join(there)}")
     if not there[device]:

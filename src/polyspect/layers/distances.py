@@ -2,11 +2,13 @@
 
     l2    |q - m|        l1    sum_c |q_c - m_c|        cos    1 - q.m / (|q| |m|)
 
-CMDIAD (Information Fusion 2025), Appendix A.4, compares the three.
+CMDIAD (Information Fusion 2025), Appendix A.4, compares the three; Sec. 3.3 asks that a coreset be chosen by the metric
+that is used afterwards.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -59,18 +61,57 @@ def distances_to(queries: Tensor, rows: Tensor, metric: Metric = "l2") -> Tensor
     return torch.linalg.vector_norm(rows - queries[:, None], ord=1 if metric == "l1" else 2, dim=2)
 
 
+def l1_coreset(x: Tensor, size: int, start: int = 0, *, progress: Callable[[int, int], None] | None = None) -> Tensor:
+    """`size` rows of `x` (N, D), each next one the farthest by ``l1`` from all before it; ties go to the lower index.
+
+    One pass over `x` per choice; a row is chosen once only.
+
+    Args:
+        size: 1..N.
+        start: Index of the first choice.
+        progress: Called as ``progress(chosen, size)`` after each choice.
+
+    Returns:
+        int64 (size,), in the order of choice.
+
+    Raises:
+        ConfigError: `size` or `start` out of range.
+    """
+    check_shapes(x=(x, "N D"))
+    if not (1 <= size <= len(x) and 0 <= start < len(x)):
+        raise ConfigError(f"a coreset of {size} rows from row {start} on was asked for, but there are {len(x)} rows")
+    order = torch.full((size,), start, dtype=torch.int64, device=x.device)
+    bound = x.new_full((len(x),), torch.inf)
+    for count in range(1, size):
+        newest = order[count - 1]
+        bound = torch.minimum(bound, torch.cdist(x, x[newest][None], p=1.0)[:, 0])
+        bound[order[:count]] = -1.0
+        order[count] = (bound == bound.max()).to(torch.uint8).argmax()  # the first of equals on every device
+        if progress is not None:
+            progress(count + 1, size)
+    return order
+
+
 class MetricBank(MemoryBank):
-    """A memory bank that measures by `metric`. Its coreset is chosen by the Euclidean distance all the same.
+    """A memory bank that measures by `metric`.
 
     Args:
         name: As of `MemoryBank`, like `settings`.
         metric: Of `distance`.
         around: Metric of `around`.
+        coreset: Metric of the selection. ``cos`` selects among unit vectors; ``l1``, which random projections do not
+            keep, among the patches as they are: slower by far.
     """
 
-    def __init__(self, name: str, metric: Metric, around: Metric, **settings: Any) -> None:
+    def __init__(self, name: str, metric: Metric, around: Metric, coreset: Metric, **settings: Any) -> None:
         super().__init__(name, **settings)
-        self.metric, self.metric_around = metric, around
+        self.metric, self.metric_around, self.metric_coreset = metric, around, coreset
+
+    def _select(self, pool: Tensor, size: int, progress: Callable[[int, int], None] | None) -> Tensor:
+        if self.metric_coreset == "l1":
+            x = pool.to(self.vectors.device)
+            return l1_coreset(x, size, min(self.start, len(pool) - 1), progress=progress)
+        return super()._select(F.normalize(pool, dim=1) if self.metric_coreset == "cos" else pool, size, progress)
 
     def distance(self, patches: Tensor) -> tuple[Tensor, Tensor]:
         """As of every bank, by `metric`.

@@ -101,7 +101,7 @@ class Banks(nn.ModuleDict):
         for name, bank in self.named():
             own = patches[name]
             distances, matches = _match(bank, own)  # Eq. 1
-            maps.append(smooth(_enlarge(own, distances, size), blur, sigma))  # Eq. 2
+            maps.append(smooth(_enlarge(own, distances, size, bank.mean), blur, sigma))  # Eq. 2
             weighted = worst_patch(
                 bank,
                 own.values,
@@ -178,10 +178,14 @@ def _match(bank: MemoryBank, patches: Patches) -> tuple[Tensor, Tensor]:
     return distances[number].view_as(patches.alike), matches[number].view_as(patches.alike)
 
 
-def _enlarge(patches: Patches, distances: Tensor, size: tuple[int, int]) -> Tensor:
-    """Distances (B, h, w) at the pixels, (B, H, W); those of whole groups are interpolated as features are."""
+def _enlarge(patches: Patches, distances: Tensor, size: tuple[int, int], level: Tensor) -> Tensor:
+    """Distances (B, h, w) at the pixels, (B, H, W); those of whole groups are interpolated as features are.
+
+    Pixels that listen to no group are average: they have the bank's `level`, which is 0 where it has none.
+    """
     if patches.near is None or patches.share is None:
         return F.interpolate(distances[:, None], size=size, mode="bilinear", align_corners=False)[:, 0]
     B, pixels, k = patches.near.shape
     heard = distances.flatten(1).gather(1, patches.near.flatten(1)).view(B, pixels, k)
-    return (heard * patches.share).sum(-1).unflatten(1, size)
+    heard = (heard * patches.share).sum(-1) + (1 - patches.share.sum(-1)) * level.to(heard)
+    return heard.unflatten(1, size)

@@ -418,7 +418,7 @@ class MemoryBank(nn.Module):
             pool.sub_(mean).div_(std)
         self._entries = MapMoments()
         size = self._size(len(pool), size)
-        vectors = (pool if size == len(pool) else self._select(pool, size, progress)).to(self.vectors)
+        vectors = (pool if size == len(pool) else pool[self._select(pool, size, progress).cpu()]).to(self.vectors)
         if not bool(torch.isfinite(vectors).all()):
             raise DataError(f"memory bank '{self.name}' has values beyond float16; set `storage` to 'float32'")
         self.vectors = vectors
@@ -430,7 +430,7 @@ class MemoryBank(nn.Module):
         return size if self.limit is None else min(size, self.limit)
 
     def _select(self, pool: Tensor, size: int, progress: Callable[[int, int], None] | None) -> Tensor:
-        """The coreset of `pool` (N, D), chosen in the projected space on this module's device."""
+        """Rows of the coreset of `pool` (N, D), chosen in the projected space on this module's device."""
         device = self.vectors.device
         generator = torch.Generator().manual_seed(self.seed)
         projection = sparse_random_projection(pool.shape[1], len(pool), self.eps, generator=generator)
@@ -438,8 +438,7 @@ class MemoryBank(nn.Module):
             shrunk = pool.to(device)
         else:  # dense: faster than a sparse product on every device tried
             shrunk = torch.cat([rows.to(device) @ projection.T.to(device) for rows in pool.split(ROWS)])
-        chosen = greedy_coreset(shrunk, size, min(self.start, len(pool) - 1), progress=progress)
-        return pool[chosen.cpu()]
+        return greedy_coreset(shrunk, size, min(self.start, len(pool) - 1), progress=progress)
 
     def observe(self, distances: Tensor) -> None:
         """Take in distances (any shape) of patches of held-out good parts."""

@@ -221,9 +221,9 @@ def groups_on_grid(grid: Tensor, counted: Tensor, neighbours: int = 3) -> dict[s
     row = torch.arange(H, device=grid.device) * h // H
     column = torch.arange(W, device=grid.device) * w // W
     cell = (row[:, None] * w + column).flatten()  # H*W
-    near = torch.zeros(B, H * W, neighbours, dtype=torch.int16, device=grid.device)
+    near = torch.zeros(B, H * W, neighbours, dtype=torch.int32, device=grid.device)  # 16 bits end at 181 x 181 cells
     share = torch.zeros(B, H * W, neighbours, device=grid.device)
-    near[..., 0] = cell.to(torch.int16)
+    near[..., 0] = cell.to(torch.int32)
     share[..., 0] = counted.flatten(1).float()
     return {"groups": grid.flatten(2).mT.contiguous(), "near": near, "share": share}
 
