@@ -47,9 +47,11 @@ POINT_BERT = {
         | layer("reduce_dim", 384, 256)
         | {"cls_token": (1, 1, 384), "cls_pos": (1, 1, 384)}
         | layer("cls_head.0", 5, 384)
+        | layer("lm_head", 7, 384)
+        | {"mask_token": (1, 1, 384)}
     ).items()
 } | {"transformer_k.norm.weight": (384,)}
-"""What is of use in Point-BERT's file, a head, and one tensor beside them."""
+"""What is of use in Point-BERT's file, what pre-training has beside it, and one tensor of another part."""
 
 
 def fusion() -> Shapes:

@@ -188,6 +188,8 @@ def test_a_published_command_line_is_read_and_other_objects_are_not(tmp_path: Pa
     torch.save({"model": state, "args": argparse.Namespace(lr=0.1, name="uff")}, tmp_path / "uff.pth")
     assert read_file(tmp_path / "uff.pth")["args"].lr == 0.1
     assert torch.equal(load_state(tmp_path / "uff.pth")["w"], state["w"])
+    torch.save({"model": state, "best_metrics": {"acc": np.float64(0.5)}}, tmp_path / "bert.pth")
+    assert read_file(tmp_path / "bert.pth")["best_metrics"] == {"acc": 0.5}
     torch.save({"model": state, "args": argparse.Namespace(lr=Fraction(1, 3))}, tmp_path / "odd.pth")
     with pytest.raises(WeightsError, match="never run"):
         read_file(tmp_path / "odd.pth")

@@ -146,8 +146,8 @@ def test_a_point_bert_tensor_that_is_missing_unknown_or_misshapen_is_named():
     state = filled_state(POINT_BERT)
     with pytest.raises(WeightsError, match="nothing for 'class_token'"):
         point_bert_state({n: x for n, x in state.items() if n != "transformer_q.cls_token"}, network)
-    with pytest.raises(WeightsError, match=r"has 'mask_token', for which"):
-        point_bert_state(point_bert(**{"transformer_q.mask_token": torch.zeros(1)}), network)
+    with pytest.raises(WeightsError, match=r"has 'odd_token', for which"):
+        point_bert_state(point_bert(**{"transformer_q.odd_token": torch.zeros(1)}), network)
     with pytest.raises(WeightsError, match=r"'reduce\.weight' has shape \(384, 384\)"):
         point_bert_state(point_bert(**{"transformer_q.reduce_dim.weight": torch.zeros(384, 384)}), network)
     with pytest.raises(WeightsError, match=r"no tensor under 'transformer_q\.'"):

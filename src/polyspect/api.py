@@ -74,7 +74,7 @@ def fit(
         prepare: Single settings of the preparation; they win.
         reader_options: Options of the reader.
         seed: Order of batches and the held-out share.
-        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+        device: ``auto``, ``cpu`` or ``cuda``.
         precision: ``32-true``, ``bf16-mixed`` or ``16-mixed``.
         compile: Compile the training loss with ``torch.compile``: pays off for long fits on a GPU; rounding differs.
         cache: Folder for prepared parts and features; None keeps features in memory and prepares parts anew.
@@ -151,7 +151,7 @@ def complete(
         settings: Single settings of the completion.
         reader_options: Options of the reader.
         seed: Order of batches and the held-out share; None: the model's own, so that the same parts are held out.
-        device: ``auto``, ``cpu``, ``cuda`` or ``mps``.
+        device: ``auto``, ``cpu`` or ``cuda``.
         precision: ``32-true``, ``bf16-mixed`` or ``16-mixed``.
         cache: Folder for prepared parts and features.
         cache_gb: Most that cached features may take.

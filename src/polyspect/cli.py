@@ -160,7 +160,7 @@ def _add_source(sub: argparse.ArgumentParser, *, root: bool = False, category: b
 
 def _add_run(sub: argparse.ArgumentParser) -> None:
     group = sub.add_argument_group("running")
-    group.add_argument("--device", default="auto", help="auto (cuda if there is one), cpu, cuda, mps (untried)")
+    group.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     group.add_argument("--on-error", choices=["raise", "skip"], default="raise", help="what a bad part does")
 
 
@@ -373,7 +373,7 @@ def _add_distillation(command: Callable[..., argparse.ArgumentParser]) -> None:
 def _add_updates(sub: argparse.ArgumentParser) -> None:
     """Options of a run of updates that writes weights."""
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--device", default="auto", help="auto (cuda if there is one), cpu, cuda, mps (untried)")
+    sub.add_argument("--device", default="auto", help="auto, cpu or cuda (default: %(default)s)")
     sub.add_argument("--fp32", action="store_true", help="store 32-bit numbers instead of 16-bit ones")
     sub.add_argument("--resume", action="store_true", help="go on from the checkpoint beside --out")
     sub.add_argument("--stop-after", type=int, metavar="N", help="save and stop once N updates are made")

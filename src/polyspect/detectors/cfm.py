@@ -63,6 +63,7 @@ class CFMConfig:
     groups: int = 1024  # point groups per part
     group_size: int = 128  # points per group
     statistics: Statistics = "cloud"  # of the point network's norms: each cloud's, or the stored ones
+    released_sampling: bool = False  # leave points within 3 cm of the origin out of the centres, as the CUDA sampler
     blocks_kept: int | None = None  # first blocks of both transformers that are kept: 12, 8, 4, other; None: all
     mapper: Literal["base", "big"] = "base"  # one or five hidden layers; big: Eyecandies
     checkpoint: tuple[str, ...] | None = None  # the two trained networks' files, in any order; trains none
@@ -109,13 +110,14 @@ class CFM(Detector):
     """Score a pixel by how badly each modality's features predict the other's.
 
     Features: those of `RGBPoints`. Branch maps are the blurred distances d_rgb and d_xyz (Eq. 2), not normalised. A
-    part without any point has a map of 0 and the score 0.
+    part without any point has a map of 0 and the score 0, if `mask_background`.
     """
 
     Config = CFMConfig
     PRESETS = {
         "paper": {
             **PAPER_EXTRACTOR,
+            "released_sampling": True,
             "blocks_kept": 12,
             "pixels_per_part": None,
         },
@@ -127,7 +129,10 @@ class CFM(Detector):
     def __init__(self, config: CFMConfig, *, pretrained: bool = True) -> None:
         super().__init__(config)
         c = config
-        self.extractor = build_extractor(c, c.layers, pretrained=pretrained, blocks=c.blocks_kept)
+        sampling = c.released_sampling
+        self.extractor = build_extractor(
+            c, c.layers, pretrained=pretrained, blocks=c.blocks_kept, released_sampling=sampling
+        )
         self.sources |= self.extractor.sources
         rgb, xyz = (self.extractor.channels[name] for name in ("rgb", "xyz"))
         hidden = HIDDEN_LAYERS[c.mapper]
@@ -331,7 +336,7 @@ def normalise_maps(blurred: Tensor, how: Normalise) -> Tensor:
     """
     if how == "none":
         return blurred
-    total = blurred.sum((1, 2), dtype=torch.float64 if blurred.device.type != "mps" else None)
+    total = blurred.sum((1, 2), dtype=torch.float64)
     count = blurred[0].numel() if how == "pauroc" else (blurred != 0).sum((1, 2)).clamp(min=1)
     mean = total / count
     divisor = torch.where(total > 0, mean if how == "aupro" else mean.sqrt(), torch.ones_like(mean))

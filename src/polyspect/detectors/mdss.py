@@ -35,7 +35,7 @@ from ..backbones.pdn_weights import load_patch_description
 from ..errors import CalibrationError, DataError
 from ..layers.alignment import align, matching_line
 from ..layers.cloud_patches import cut_patches, patch_centres
-from ..layers.maps import MapMoments, gaussian_smooth, widest
+from ..layers.maps import MapMoments, gaussian_smooth
 from ..layers.signed_distance import SignedDistance, normalise_patches, to_pixels
 from ..samples import Batch, Features, Prediction
 from .contract import Detector, Observe, Optimise, Stage, evaluating, require, require_grid, seeded
@@ -509,7 +509,7 @@ def ends(rgb: Tensor, cloud: Tensor, zeros: bool) -> Tensor:
     Raises:
         CalibrationError: no value counts, or all of `rgb` are equal.
     """
-    sides = [(x.flatten() if zeros else x[x > 0]).to(widest(x.device)) for x in (rgb, cloud)]
+    sides = [(x.flatten() if zeros else x[x > 0]).double() for x in (rgb, cloud)]
     if not all(len(x) for x in sides) or not bool(sides[0].amax() > sides[0].amin()):
         raise CalibrationError(
             "alignment of maps: the RGB or the 3D map of the validation parts has no two different values above 0; "

@@ -36,7 +36,7 @@ class EngineConfig:
     """How a fit is run; nothing here is part of the method."""
 
     seed: int = 0  # order of batches, dropout; the detector's own seed is in its config
-    device: str = "auto"  # auto, cpu, cuda, mps
+    device: str = "auto"  # auto, cpu, cuda
     precision: str = "32-true"  # 32-true, bf16-mixed or 16-mixed (autocast; the last two change results)
     compile: bool = False  # compile the loss with torch.compile: same maths, rounding differs, minutes of start-up
     block: int = 8  # parts per extraction
@@ -310,12 +310,12 @@ def derive_seed(seed: int, *place: int) -> int:
 def pick_accelerator(device: str) -> str:
     """``auto`` -> cuda where there is one, else cpu; anything else must be there.
 
-    MPS has no float64, which banks and statistics are kept in: it is taken only when asked for.
+    Apple's MPS is none of them: it has no float64, which geometry, banks and statistics need.
 
     Raises:
         ConfigError: the device asked for is unknown or not there.
     """
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    there = {"cpu": True, "cuda": torch.cuda.is_available()}
     if device == "auto":
         return "cuda" if there["cuda"] else "cpu"
     if device not in there:

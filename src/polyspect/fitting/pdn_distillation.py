@@ -208,7 +208,7 @@ def distil(
     Args:
         sources: The pictures; each source gives as many as any other.
         config: How.
-        device: auto, cpu, cuda or mps.
+        device: auto, cpu or cuda.
         checkpoint, resume, save_every, stop_after, cooldown, progress: See `updates.run_updates`.
 
     Raises:

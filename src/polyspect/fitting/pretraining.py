@@ -168,7 +168,7 @@ def pretrain(
     Args:
         source: The clouds.
         config: How.
-        device: auto, cpu, cuda or mps.
+        device: auto, cpu or cuda.
         checkpoint, resume, save_every, stop_after, cooldown, progress: See `updates.run_updates`.
 
     Raises:

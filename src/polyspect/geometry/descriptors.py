@@ -68,7 +68,7 @@ def hog(image: Tensor, *, epsilon: float = 1e-5) -> Tensor:
     check_shapes(image=(image, "B 1 H W"))
     if min(image.shape[-2:]) < CELL:
         raise ShapeError(f"an image of {image.shape[3]}x{image.shape[2]} pixels holds no cell of {CELL}x{CELL}")
-    x = image.double() if image.device.type != "mps" else image
+    x = image.double()
     down = F.pad(x[:, :, 2:] - x[:, :, :-2], (0, 0, 1, 1))  # B 1 H W
     across = F.pad(x[..., 2:] - x[..., :-2], (1, 1))
     degrees = torch.rad2deg(torch.atan2(down, across)).remainder(180.0)

@@ -100,6 +100,8 @@ def fpfh(
 ) -> Tensor:
     """Fast Point Feature Histograms (B, N, 33): 11 bins each of theta, alpha and phi; every block sums to 200 (Eq. 2).
 
+    Where all neighbours coincide with the point, to 100.
+
     Computed in float64. Invariant to rigid motions of points and normals together, but not to the sign of the normals.
 
     Args:

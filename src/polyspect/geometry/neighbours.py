@@ -125,9 +125,6 @@ def search_cloud(queries: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tenso
     if points.device.type == "cpu":
         near, distance = _search_tree(queries.double().numpy(force=True), points.double().numpy(force=True), k)
         return torch.from_numpy(near), torch.from_numpy(distance)
-    if points.device.type == "mps":  # has no float64
-        index, squared = (found.to(points.device) for found in search_cloud(queries.cpu(), points.cpu(), k))
-        return index, squared
     return _search_blocks(queries.double(), points.double(), k)
 
 

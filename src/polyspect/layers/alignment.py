@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError
-from .maps import widest
 
 
 def matching_line(source: Tensor, target: Tensor, *, zeros: bool = False) -> Tensor:
@@ -22,14 +21,14 @@ def matching_line(source: Tensor, target: Tensor, *, zeros: bool = False) -> Ten
         zeros: Whether zeros, where there is no part, count. They would make the statistics measure its size.
 
     Returns:
-        (2,) in `widest` dtype.
+        (2,) float64.
 
     Raises:
         CalibrationError: fewer than two values that count, or all of `source` equal.
     """
     moments = []
     for name, values in (("source", source), ("target", target)):
-        values = (values.flatten() if zeros else values[values != 0]).to(widest(values.device))
+        values = (values.flatten() if zeros else values[values != 0]).double()
         if values.numel() < 2:
             raise CalibrationError(
                 f"alignment of maps: `{name}` has {values.numel()} values that count, at least 2 are needed; give "

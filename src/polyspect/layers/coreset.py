@@ -87,7 +87,7 @@ def greedy_coreset(
         raise ConfigError(f"a coreset of {size} rows was asked for, but there are {N} rows to choose from")
     if not 0 <= start < N:
         raise ConfigError(f"the coreset's start row is {start}, but rows go from 0 to {N - 1}")
-    state = _Cover(x if x.device.type != "mps" else x.cpu(), size, start)  # mps has no float64
+    state = _Cover(x, size, start)
     count = min(candidates, N)
     while state.chosen < size:
         made = state.round(count)

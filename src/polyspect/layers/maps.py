@@ -32,13 +32,12 @@ def cosine_map(
             pixel that is itself False is meaningless.
 
     Returns:
-        (B, H, W) of `widest` dtype, from 0 to 2 per scale (to 1 where features cannot be negative), no unit.
+        (B, H, W) float64, from 0 to 2 per scale (to 1 where features cannot be negative), no unit.
     """
-    device = teachers[0].device
     total: Tensor | None = None
     for student, teacher in zip(students, teachers, strict=True):
         distance = 1 - F.cosine_similarity(student.float(), teacher.float(), dim=1, eps=EPS)  # B h w
-        large = enlarge(distance, size, keep).to(widest(device))
+        large = enlarge(distance, size, keep).double()
         total = large if total is None else total * large if multiply else total + large
     assert total is not None
     return total
@@ -100,7 +99,7 @@ def top_mean(maps: Tensor, share: float) -> Tensor:
 class MapMoments:
     """Mean and population standard deviation, per branch, of maps that come batch by batch.
 
-    Batches are merged by the pairwise update of Chan, Golub and LeVeque in `widest` dtype, so nothing is lost when the
+    Batches are merged by the pairwise update of Chan, Golub and LeVeque in float64, so nothing is lost when the
     mean is large against the spread.
     """
 
@@ -109,7 +108,7 @@ class MapMoments:
 
     def add(self, maps: Tensor, keep: Tensor) -> None:
         """Take in maps (B, K, H, W) where `keep` (B, K, H, W) is True."""
-        maps, over = maps.to(widest(maps.device)), (0, 2, 3)
+        maps, over = maps.double(), (0, 2, 3)
         count = keep.sum(over).to(maps.dtype)
         mean = torch.where(keep, maps, 0).sum(over) / count.clamp(min=1)
         square = torch.where(keep, (maps - mean[:, None, None]) ** 2, 0).sum(over)
@@ -132,11 +131,6 @@ class MapMoments:
             return (torch.zeros(0, dtype=torch.float64),) * 3
         count, mean, square = self._state
         return count, mean, (square / count.clamp(min=1)).sqrt()
-
-
-def widest(device: torch.device) -> torch.dtype:
-    """The dtype to accumulate in: float64, or float32 on devices that have no float64 (Apple's)."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _enlarge(maps: Tensor, size: tuple[int, int]) -> Tensor:

@@ -167,20 +167,18 @@ class ExactIndex:
 
     def __init__(self, bank: Tensor) -> None:
         check_shapes(bank=(bank, "K D"))
-        bank = bank.detach()
-        self._side = _Side(bank.cpu() if bank.device.type == "mps" else bank)  # there is no float64 on MPS
+        self._side = _Side(bank.detach())
 
     def nearest(self, queries: Tensor, k: int = 1, *, block: int = BLOCK) -> tuple[Tensor, Tensor]:
         """As the function of that name."""
-        side, device = self._side, queries.device
+        side, queries = self._side, queries.detach()
         check_shapes(queries=(queries, "Q D"), bank=(side.bank, "K D"))
         if not 1 <= k <= len(side.bank):
             raise ConfigError(f"{k} nearest neighbours were asked for, but the bank has {len(side.bank)} vectors")
-        queries = queries.detach().to(side.bank.device)
         parts = queries.split(max(1, block // len(side.bank)))
         buffer = queries.new_empty(max(map(len, parts)), len(side.norm))
         found = [_nearest_block(rows, side, k, buffer[: len(rows)]) for rows in parts]
-        return torch.cat([d for d, _ in found]).to(device), torch.cat([i for _, i in found]).to(device)
+        return torch.cat([d for d, _ in found]), torch.cat([i for _, i in found])
 
 
 class FaissIndex:

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..samples import check_shapes
-from .maps import widest
 from .memory import nearest
 
 _DEPENDENT = 1e-12  # square of what is new in an atom, relative to its own: below, the atom adds nothing
@@ -63,7 +62,7 @@ def rebuild(queries: Tensor, bank: Tensor, neighbours: int = 10, atoms: int = 3,
 def matching_pursuit(queries: Tensor, dictionaries: Tensor, atoms: int = 3) -> Tensor:
     """The OMP of each of `queries` (Q, D) over a dictionary of its own, (Q, k, D): combinations of rows, (Q, D).
 
-    All queries at once, in the widest dtype, by Gram-Schmidt: each chosen atom is made orthogonal to the earlier ones,
+    All queries at once, in float64, by Gram-Schmidt: each chosen atom is made orthogonal to the earlier ones,
     and the query's share along it moves from the residual to the result. Of equal correlations the first row wins. An
     atom that depends on the earlier ones adds nothing.
 
@@ -73,8 +72,7 @@ def matching_pursuit(queries: Tensor, dictionaries: Tensor, atoms: int = 3) -> T
     k = check_shapes(queries=(queries, "Q D"), dictionaries=(dictionaries, "Q k D"))["k"]
     if not 1 <= atoms <= k:
         raise ConfigError(f"`atoms` must be in 1..{k}, the rows of the dictionary, got {atoms}")
-    wide = widest(queries.device)
-    x, rows = queries.to(wide), dictionaries.to(wide)
+    x, rows = queries.double(), dictionaries.double()
     residual = x
     basis: list[Tensor] = []
     used = torch.zeros(rows.shape[:2], dtype=torch.bool, device=rows.device)

@@ -63,13 +63,23 @@ def read_file(path: str | Path) -> Any:
 
 
 def _settings_allowed() -> AbstractContextManager[Any]:
-    """Let `torch.load` build `argparse.Namespace` beside tensors and plain data, inside the block where it can be."""
+    """Let `torch.load` build settings and numpy's numbers beside tensors, inside the block where it can be."""
     from torch import serialization
 
+    allowed = [argparse.Namespace, *_numpy_numbers()]
     if hasattr(serialization, "safe_globals"):
-        return serialization.safe_globals([argparse.Namespace])
-    serialization.add_safe_globals([argparse.Namespace])  # torch 2.4 has no block for it
+        return serialization.safe_globals(allowed)
+    serialization.add_safe_globals(allowed)  # torch 2.4 has no block for it
     return nullcontext()
+
+
+def _numpy_numbers() -> list[Any]:
+    """What a pickled float64 of numpy, such as the record of a metric, is made of, under the old and the new name."""
+    import numpy as np
+
+    scalar, dtype = np.float64(0).__reduce__()[0], np.dtype(np.float64)
+    names = [f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")]
+    return [*((scalar, name) for name in names), np.dtype, type(dtype)]
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

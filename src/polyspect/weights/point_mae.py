@@ -77,7 +77,8 @@ def point_mae_state(content: Any, network: nn.Module, origin: str = "the Point-M
 def point_bert_state(content: Any, network: nn.Module, origin: str = "the Point-BERT checkpoint") -> State:
     """The state dict of a `PointTransformer` of size ``bert`` from Point-BERT's file.
 
-    Dropped: all that is not under ``transformer_q.``, its ``cls_head``, and what `point_mae_state` drops.
+    Dropped: all that is not under ``transformer_q.``, what pre-training has beside the encoder there (``cls_head``,
+    ``lm_head``, ``mask_token``), and what `point_mae_state` drops.
 
     Args:
         content: The file's content, or its ``base_model``; a leading ``module.`` is dropped.
@@ -93,7 +94,7 @@ def point_bert_state(content: Any, network: nn.Module, origin: str = "the Point-
     if not own:
         raise WeightsError(f"{origin} has no tensor under '{_QUERY}', where Point-BERT's encoder lies")
     names = _NAMES | {"cls_token": "class_token", "cls_pos": "class_position", "reduce_dim.": "reduce."}
-    return _encoder(own, network, names, (*_COUNTERS, "cls_head."), origin)
+    return _encoder(own, network, names, (*_COUNTERS, "cls_head.", "lm_head.", "mask_token"), origin)
 
 
 def _encoder(state: State, network: nn.Module, names: Tensors, drop: Iterable[str], origin: str) -> State:
