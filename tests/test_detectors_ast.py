@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 
 import pytest
@@ -206,6 +207,20 @@ def test_pictures_alone_are_not_masked_and_scored_by_the_mean():
         assert torch.equal(detector.score(detector.extract(nowhere)).map, detector.score(features).map)
 
 
+def test_a_part_of_which_nothing_is_known_is_judged_as_a_whole():
+    detector = disturbed(small())
+    batch = tiny_batch([1, 2])
+    on = batch.foreground.clone()
+    on[0] = False
+    with torch.no_grad():
+        empty = detector.score(detector.extract(dataclasses.replace(batch, foreground=on)))
+        everywhere = detector.score(detector.extract(dataclasses.replace(batch, foreground=torch.ones_like(on))))
+        known = detector.score(detector.extract(batch))
+    assert float(empty.score[0]) == float(everywhere.score[0]) > 0
+    assert torch.equal(empty.map[0], everywhere.map[0])
+    assert torch.equal(empty.map[1], known.map[1])
+
+
 # -- shares and scores -------------------------------------------------------------------------------------------------
 
 
@@ -252,8 +267,10 @@ def test_the_teachers_likelihood_alone():
     fine = F.interpolate(filled, scale_factor=8, mode="bicubic", align_corners=False)
     assert_close(prediction.score, fine.amax((1, 2, 3)))
     with torch.no_grad():
-        nothing = detector.score(detector.extract(blinded(tiny_batch([1]))))
-    assert not nothing.map.any()
+        features = detector.extract(blinded(tiny_batch([1])))  # judged as a whole
+        z, log_det = detector.teacher(torch.cat([features["rgb.1"], features["depth.1"]], dim=1))
+        fine = F.interpolate(likelihood_loss(z, log_det)[:, None], scale_factor=8, mode="bicubic", align_corners=False)
+        assert_close(detector.score(features).score, fine.amax((1, 2, 3)))
 
 
 def test_levels_are_those_of_the_part_in_good_parts():

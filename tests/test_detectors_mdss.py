@@ -641,8 +641,10 @@ def test_parts_with_few_points_or_none_are_scored(fitted):
     part[1].view(-1)[part[1].flatten().nonzero()[30:, 0]] = False  # fewer than a patch
     prediction = fitted(dataclasses.replace(batch, foreground=part))
     assert torch.isfinite(prediction.map).all()
-    assert not prediction.map[0].any()
-    assert float(prediction.score[0]) == 0
+    assert not prediction.branch_maps["xyz"][0].any()
+    with torch.no_grad():
+        seen = fitted.student_map(fitted.extract(dataclasses.replace(batch, foreground=torch.ones_like(part))))
+    assert float(prediction.score[0]) == float(seen[0].max()) > 0  # all of the picture, in RGB alone
     assert prediction.branch_maps["xyz"][1].any()
     alone = fitted(take(batch, [2]))
     assert_close(prediction.map[2], alone.map[0], rtol=1e-5, atol=1e-6 * float(alone.map.max()))
@@ -670,6 +672,7 @@ def test_settings_are_the_papers_and_the_cards():
         ({"modalities": ["rgb"], "branches": "sdl"}, "branches"),
         ({"modalities": ["xyz"], "branches": "st"}, "branches"),
         ({"factor": "sideways"}, "factor"),
+        ({"quantile_of": "part", "mask_train": False}, "quantile_of"),
         ({"factor_range": [0.999, 0.99]}, "factor_range"),
         ({"fixed_factor": 1.0}, "fixed_factor"),
         ({"crop": 32}, "crop"),

@@ -132,6 +132,10 @@ def test_a_part_of_the_memory_is_rebuilt_from_itself_unless_its_own_rows_are_ski
     s_rgb, _, s_3d, _ = detector.judge(features, 0, skip=1)
     assert float(s_3d) > 1e-3
     assert float(s_rgb) > 1e-2
+    one = switched(fitted, reconstruction="nearest", k_sdf=1)  # the same shape, and no other may guide
+    guided, _, alone, _ = one.judge(features, 0, skip=1)
+    assert float(alone) == float(s_3d)
+    assert float(guided) >= float(s_rgb)
 
 
 def test_sparse_coding_need_not_find_a_row_of_the_memory_again(fitted):
@@ -332,6 +336,7 @@ def test_experts_decide_what_is_trained_and_needed(settings, stages, required):
         ({"modalities": ("rgb", "depth")}, "`modalities`"),
         ({"experts": "sdf", "modalities": ("rgb",)}, "`experts`"),
         ({"k_sdf": 2}, "`k_sdf`"),
+        ({"k_sdf": 0, "reconstruction": "nearest"}, "`k_sdf`"),
         ({"cells": "all"}, "`cells`"),
         ({"neighbour": 60}, "`patch`"),
         ({"queries": 61}, "`queries`"),

@@ -228,24 +228,29 @@ class AST(Detector):
 
     def teacher_loss(self, features: Features) -> dict[str, Tensor]:
         """Eq. 1: the negative log-likelihood of good features, without its constant."""
-        z, log_det = self.teacher(self._inputs(features))
-        weight = self._weight(features) if self.config.mask_train else None
+        whole = self._weight(features)
+        weight = whole if self.config.mask_train else None
+        z, log_det = self._told(self._inputs(features, whole))
         return {"likelihood": likelihood_loss(z, log_det, weight).mean()}
 
     def student_loss(self, features: Features) -> dict[str, Tensor]:
         """Eq. 2: the mean squared difference between the two."""
-        x = self._inputs(features)
+        whole = self._weight(features)
+        weight = whole if self.config.mask_train else None
+        x = self._inputs(features, whole)
         with torch.no_grad():
-            z, _ = self.teacher(x)
-        weight = self._weight(features) if self.config.mask_train else None
+            z, _ = self._told(x)
         return {"imitation": imitation_loss(z, self._imitate(x), weight).mean()}
 
     def score(self, features: Features) -> Prediction:
         """Eq. 3: the map, brought from cells to pixels, and its largest value or the mean over cells."""
-        weight = self._weight(features) if self.config.mask_eval else None
+        whole = self._weight(features)
+        if whole is not None:  # nothing known of the part is no reason to pass it
+            whole = torch.where(whole.flatten(1).any(1)[:, None, None], whole, 1)
+        weight = whole if self.config.mask_eval else None
         with evaluating(self.teacher), evaluating(self.student):
-            x = self._inputs(features)
-            z, log_det = self.teacher(x)
+            x = self._inputs(features, whole)
+            z, log_det = self._told(x)
             shares = self._shares(x, z, log_det)  # B m h w
         cells = torch.cat([shares.sum(1, keepdim=True), shares], dim=1)  # B 1+m h w
         masked = cells if weight is None else torch.where(weight[:, None] > 0, cells, 0) * weight[:, None]  # D
@@ -282,12 +287,17 @@ class AST(Detector):
         answer = self.student(x)
         return answer[0] if self.config.student == "flow" else answer
 
-    def _inputs(self, features: Features) -> Tensor:
-        """x (B, n, h, w), in the layout in which convolutions are faster."""
+    def _told(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the teacher makes of x, in float32 whatever the precision: its couplings multiply up what is rounded."""
+        with torch.autocast(x.device.type, enabled=False):
+            z, log_det = self.teacher(x)
+        return z, log_det
+
+    def _inputs(self, features: Features, weight: Tensor | None) -> Tensor:
+        """x (B, n, h, w), in the layout in which convolutions are faster; `weight` is the mask m."""
         x = torch.cat([features[f"{name}.1"] for name in self.config.views], dim=1)
         if self.config.standardise:
             x = (x - self.feature_mean[:, None, None]) / self.feature_std[:, None, None]
-        weight = self._weight(features)
         if self.config.mask_features and weight is not None:
             x = torch.where(weight[:, None] > 0, x, 0)
         return x.contiguous(memory_format=torch.channels_last)
@@ -346,10 +356,10 @@ def part_share(foreground: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def _lowest_off_part(cells: Tensor, weight: Tensor) -> Tensor:
-    """Cells (B, K, h, w) whose value off the part is the smallest on it, 0 where there is no part.
+    """Cells (B, K, h, w) whose value off the part is the smallest on it.
 
     A log-likelihood knows no zero: where most are negative, masked cells at 0 would be the most anomalous ones.
     """
     on = (weight > 0)[:, None]
     lowest = torch.where(on, cells, torch.inf).amin((2, 3), keepdim=True)
-    return torch.where(on, cells, torch.where(lowest.isinf(), 0, lowest))
+    return torch.where(on, cells, lowest)

@@ -121,6 +121,8 @@ class MDSSConfig:
         _require(0 < self.student_rate_drop <= 1, "student_rate_drop", "above 0, at most 1", self.student_rate_drop)
         seen = self.crop is None or self.crop >= RECEPTIVE_FIELD
         _require(seen, "crop", f"at least {RECEPTIVE_FIELD} pixels, or null", self.crop)
+        known = self.quantile_of == "all" or self.mask_train
+        _require(known, "quantile_of", "'all' without `mask_train`", self.quantile_of)
 
     @property
     def sees_rgb(self) -> bool:
@@ -288,7 +290,7 @@ class MDSS(Detector):
         if c.mask_train:
             error = error * cells[:, None]  # E
         d = learning_factor(c, self.step)
-        counts = cells[:, None].expand_as(error) if c.quantile_of == "part" and c.mask_train else None
+        counts = cells[:, None].expand_as(error) if c.quantile_of == "part" else None
         if c.quantile_over == "batch":
             return {"student": dynamic_loss(error, d, counts)}
         losses = [dynamic_loss(e, d, None if counts is None else counts[index]) for index, e in enumerate(error)]
@@ -382,7 +384,11 @@ class MDSS(Detector):
             apart = F.pad(apart, rim) if c.border == "zero" else F.pad(apart, rim, mode="replicate")
         size = features["part"].shape[-2:]
         large = F.interpolate(apart, size=size, mode="bilinear", align_corners=False)[:, 0]
-        return large * grow(features["part"], c.dilation) if c.mask_score else large
+        if not c.mask_score:
+            return large
+        part = features["part"]
+        part = part | ~part.flatten(1).any(1)[:, None, None]  # nothing known of the part is no reason to pass it
+        return large * grow(part, c.dilation)
 
     def distance_map(self, features: Features) -> Tensor:
         """Eq. 4: A_3d, (B, H, W)."""

@@ -80,7 +80,7 @@ class ShapeGuidedConfig:
     distance_decay: Literal["none", "cosine"] = "none"  # of the rate, to 0 over the steps
     # memories
     reconstruction: Literal["sparse", "nearest"] = "sparse"  # S_k, or the nearest row itself
-    k_sdf: int = 10  # rows that Eq. 1 may use, at least 3
+    k_sdf: int = 10  # rows that Eq. 1 may use, at least 3; with nearest, those that may guide
     k_rgb: int = 5  # and Eq. 3
     guided: bool = True  # False: all rows of the RGB memory are candidates
     cells: Literal["released", "dilated", "touched"] = "released"  # of a patch: shifted; grown by a square; as touched
@@ -115,7 +115,8 @@ class ShapeGuidedConfig:
         for field in ("blur_sigma", "cell_shift"):
             _require(getattr(self, field) >= 0, field, "0 or more", getattr(self, field))
         for field in ("k_sdf", "k_rgb"):
-            _require(getattr(self, field) >= ATOMS, field, f"at least {ATOMS}", getattr(self, field))
+            least = ATOMS if self.reconstruction == "sparse" else 1
+            _require(getattr(self, field) >= least, field, f"at least {least}", getattr(self, field))
         reductions = self.reductions
         _require(len(reductions) >= 1, "reductions", "one or more numbers of pixels", reductions)
 

@@ -283,7 +283,8 @@ def measure_targets(
     device = targets.mean.device
     targets.mean.zero_()
     targets.std.fill_(1)
-    count, total, squares = 0, torch.zeros(1), torch.zeros(1)
+    total = squares = torch.zeros((), dtype=torch.float64, device=device)
+    count = 0
     with (progress or Progress()).task("statistics", config.statistics) as advance:
         for first in range(0, config.statistics, config.batch_size):
             number = min(config.batch_size, config.statistics - first)
@@ -311,7 +312,8 @@ def explained(
 ) -> Tensor:
     """Share of each channel's variance (outputs,) that the PDN explains on `count` further views: 1 is all of it."""
     device = targets.mean.device
-    cells, error, total, squares = 0, torch.zeros(1), torch.zeros(1), torch.zeros(1)
+    error = total = squares = torch.zeros((), dtype=torch.float64, device=device)
+    cells = 0
     for first in range(0, count, config.batch_size):
         number = min(config.batch_size, count - first)
         image, enlarged = draw_batch(sources, config, first, stream=3, number=number)
