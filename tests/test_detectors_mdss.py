@@ -641,10 +641,13 @@ def test_parts_with_few_points_or_none_are_scored(fitted):
     part[1].view(-1)[part[1].flatten().nonzero()[30:, 0]] = False  # fewer than a patch
     prediction = fitted(dataclasses.replace(batch, foreground=part))
     assert torch.isfinite(prediction.map).all()
-    assert not prediction.branch_maps["xyz"][0].any()
+    everywhere = fitted(dataclasses.replace(batch, foreground=torch.ones_like(part)))
+    assert float(prediction.score[0]) == float(everywhere.score[0]) > 0  # all that was measured
+    assert torch.equal(prediction.map[0], everywhere.map[0])
     with torch.no_grad():
-        seen = fitted.student_map(fitted.extract(dataclasses.replace(batch, foreground=torch.ones_like(part))))
-    assert float(prediction.score[0]) == float(seen[0].max()) > 0  # all of the picture, in RGB alone
+        features = fitted.extract(blinded(take(batch, [0])))  # nothing measured: RGB alone, all of it
+        unmasked = fitted.student_map(features | {"part": torch.ones_like(features["part"])})
+        assert torch.equal(fitted.score(features).score, unmasked.amax((1, 2)))
     assert prediction.branch_maps["xyz"][1].any()
     alone = fitted(take(batch, [2]))
     assert_close(prediction.map[2], alone.map[0], rtol=1e-5, atol=1e-6 * float(alone.map.max()))

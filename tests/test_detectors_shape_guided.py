@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,19 @@ def test_a_part_of_the_memory_is_rebuilt_from_itself_unless_its_own_rows_are_ski
     guided, _, alone, _ = one.judge(features, 0, skip=1)
     assert float(alone) == float(s_3d)
     assert float(guided) >= float(s_rgb)
+
+
+@pytest.mark.parametrize("left_out", ["", "rgb.cells"])
+def test_a_part_of_which_nothing_is_known_is_judged_by_all_that_was_measured(fitted, left_out):
+    batch = tiny_batch([2])
+    answers = []
+    for foreground in (torch.zeros_like(batch.foreground), torch.ones_like(batch.foreground)):
+        features = fitted.extract(dataclasses.replace(batch, foreground=foreground))
+        answers.append(fitted.score({key: x for key, x in features.items() if key != left_out}))
+    nowhere, everywhere = answers
+    assert torch.equal(nowhere.score, everywhere.score)
+    assert torch.equal(nowhere.map, everywhere.map)
+    assert float(nowhere.score) > 0
 
 
 def test_sparse_coding_need_not_find_a_row_of_the_memory_again(fitted):

@@ -284,8 +284,10 @@ class AST(Detector):
 
     def _imitate(self, x: Tensor) -> Tensor:
         """z_s (B, n, h, w)."""
-        answer = self.student(x)
-        return answer[0] if self.config.student == "flow" else answer
+        if self.config.student != "flow":
+            return self.student(x)
+        with torch.autocast(x.device.type, enabled=False):  # as the teacher
+            return self.student(x)[0]
 
     def _told(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What the teacher makes of x, in float32 whatever the precision: its couplings multiply up what is rounded."""

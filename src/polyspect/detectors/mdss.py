@@ -34,7 +34,7 @@ from ..backbones.patch_description import MARGIN, RECEPTIVE_FIELD, STRIDE, Patch
 from ..backbones.pdn_weights import load_patch_description
 from ..errors import CalibrationError, DataError
 from ..layers.alignment import align, matching_line
-from ..layers.cloud_patches import cut_patches, patch_centres
+from ..layers.cloud_patches import cut_patches, judged_pixels, patch_centres
 from ..layers.maps import MapMoments, gaussian_smooth
 from ..layers.signed_distance import SignedDistance, normalise_patches, to_pixels
 from ..samples import Batch, Features, Prediction
@@ -386,15 +386,15 @@ class MDSS(Detector):
         large = F.interpolate(apart, size=size, mode="bilinear", align_corners=False)[:, 0]
         if not c.mask_score:
             return large
-        part = features["part"]
-        part = part | ~part.flatten(1).any(1)[:, None, None]  # nothing known of the part is no reason to pass it
+        part = judged_pixels(features)
+        part = part | ~part.flatten(1).any(1)[:, None, None]  # nothing measured is no reason to pass it
         return large * grow(part, c.dilation)
 
     def distance_map(self, features: Features) -> Tensor:
         """Eq. 4: A_3d, (B, H, W)."""
-        net = cast(SignedDistance, self.distance)
+        net, parts = cast(SignedDistance, self.distance), judged_pixels(features)
         with evaluating(net):
-            maps = [self._distances(net, xyz, part) for xyz, part in zip(features["xyz.points"], features["part"])]
+            maps = [self._distances(net, xyz, part) for xyz, part in zip(features["xyz.points"], parts)]
         return gaussian_smooth(torch.stack(maps), self.config.blur_sigma)
 
     def _distances(self, net: SignedDistance, xyz: Tensor, part: Tensor) -> Tensor:

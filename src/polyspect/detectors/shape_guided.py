@@ -33,7 +33,7 @@ from torch.nn import functional as F
 from ..backbones.image import ImageBackbone
 from ..errors import DataError
 from ..layers.alignment import align, matching_line
-from ..layers.cloud_patches import cut_patches, patch_centres
+from ..layers.cloud_patches import cut_patches, judged_pixels, patch_centres
 from ..layers.patches import pool_to_grid
 from ..layers.signed_distance import SignedDistance, normalise_patches, to_pixels
 from ..layers.smoothing import Blur, smooth
@@ -346,7 +346,7 @@ class ShapeGuided(Detector):
 
     def score(self, features: Features) -> Prediction:
         """Eq. 5, or map and score of the one expert: the one that there is, or that a view is there for."""
-        c = self.config
+        c, features = self.config, {**features, "part": judged_pixels(features)}
         judged = [self.judge(features, index) for index in range(len(features["part"]))]
         s_rgb, rgb, s_3d, cloud = (torch.stack(list(side)) for side in zip(*judged))
         sees_rgb, sees_cloud = _seen(c, features)

@@ -1,6 +1,7 @@
 """The fitting engine: runs a detector's stages. It knows stages and features, no method by name and no file format.
 
-Same seed, same machine, same number of threads: same bits. Every random choice is drawn from a generator seeded by
+Same seed, same machine, same number of threads: same bits on a CPU. (On a GPU the gradient of AST's padding and MDSS's
+`overlap="mean"` are summed in no fixed order.) Every random choice is drawn from a generator seeded by
 (seed, stage, epoch), so a fit that was killed and resumed continues with the very numbers it would have drawn.
 """
 

@@ -20,7 +20,7 @@ from ..errors import ConfigError, DataError
 from ..geometry.neighbours import search_cloud
 from ..geometry.padding import pack_points
 from ..geometry.sampling import farthest_points
-from ..samples import check_shapes
+from ..samples import Features, check_shapes
 
 
 def patch_count(points: int, density: float, size: int) -> int:
@@ -76,6 +76,15 @@ def patch_centres(xyz: Tensor, part: Tensor, size: int, density: float) -> Tenso
             rows = farthest_points(packed.points, count)[0]
             centres[index, :count] = packed.pixels[0, rows].int()
     return centres
+
+
+def judged_pixels(features: Features) -> Tensor:
+    """Pixels (B, H, W) bool to judge: ``part``, or where that is empty all ``valid`` ones.
+
+    A part whose background took all of it, flagged ``all_background``, would else be as good as a part can be.
+    """
+    part = features["part"]
+    return torch.where(part.flatten(1).any(1)[:, None, None], part, features["valid"])
 
 
 def draw_patches(

@@ -47,6 +47,8 @@ def rename(
     Raises:
         WeightsError: a tensor is unknown, missing, of another shape or kind, or not finite (names it).
     """
+    import torch
+
     dropped, wanted = tuple(drop), network.state_dict()
     renamed: State = {}
     unknown = []
@@ -64,6 +66,8 @@ def rename(
             f"{origin} has {listed(unknown)}, for which {type(network).__name__} has no place: it belongs to another "
             f"network or variant"
         )
+    counters = [name for name in wanted if name.endswith(".num_batches_tracked")]  # which some exports leave out
+    renamed |= {name: torch.zeros((), dtype=torch.int64) for name in counters if name not in renamed}
     missing = [name for name in wanted if name not in renamed]
     if missing:
         raise WeightsError(
