@@ -100,6 +100,19 @@ def test_settings_out_of_range_are_refused(setting):
         PointBackbone("point_mae", **{**SMALL, **setting})
 
 
+def test_the_released_sampler_needs_the_cameras_frame():
+    assert PointBackbone("point_mae", released_sampling=True, **SMALL).skip == 1e-3
+    with pytest.raises(ConfigError, match=r"`released_sampling` .*see clouds moved to their centroid"):
+        PointBackbone("point_mae", released_sampling=True, frame="unit", **SMALL)
+
+
+def test_halves_elsewhere_do_not_reach_the_network(backbone):
+    batch = tiny_batch([3])
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        half = backbone(batch)["groups"]
+    assert torch.equal(half, backbone(batch)["groups"])
+
+
 def test_unknown_names_and_missing_clouds_are_refused(backbone):
     with pytest.raises(ConfigError, match="unknown point backbone"):
         PointBackbone("point_net", weights="random")

@@ -289,6 +289,14 @@ def test_it_detects(features: tuple[Feature, ...]):
     assert float((bad.score[:, None] > good.score).float().mean()) >= 0.95
 
 
+def test_banks_and_scores_of_other_settings_share_cells():
+    key = build().extractor_key()
+    for settings in ({"coreset_ratio": 0.1}, {"blur": "pil"}, {"image_score": "max_map"}, {"scale_fusion": "std"}):
+        assert build(**settings).extractor_key() == key
+    for settings in ({"features": ("fpfh",)}, {"k_fpfh": 50}, {"points": "foreground"}, {"grid": 8}, {"seed": 1}):
+        assert build(**settings).extractor_key() != key
+
+
 @pytest.mark.parametrize("settings", [{}, {"features": ("sift", "fpfh"), "scale_fusion": "std"}])
 def test_stored_tensors_give_the_same_bits(settings: dict[str, Any], parts: Batch):
     detector = fitted(**settings)
@@ -342,6 +350,8 @@ def test_config_presets_and_registry():
         {"point_step": 0},
         {"radius_fpfh": 0.0},
         {"coreset_ratio": 1.5},
+        {"blur": "boxes"},
+        {"image_score": "max"},
     ):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             BTFConfig(**wrong)  # type: ignore[arg-type]

@@ -422,6 +422,7 @@ def test_the_big_mapper_has_five_hidden_layers(detector):
         ({"mapper": "huge"}, "`mapper` of CFM must be one of base, big"),
         ({"fusion": "d1"}, "`fusion` of CFM must be one of product, sum, max, d2, d3"),
         ({"blur": "box"}, "`blur` of CFM must be one of boxes, gaussian, none"),
+        ({"blocks_kept": 4, "point_layers": (3, 7, 11)}, "`point_layers` of CFM must be below `blocks_kept`, 4"),
         ({"normalise": "mean"}, "`normalise` of CFM must be one of score, aupro, pauroc, none"),
     ],
 )

@@ -99,6 +99,12 @@ class PointBackbone(nn.Module):
         # a buffer, so that a model file knows the frame of the weights that it holds
         self.register_buffer("in_unit_frame", torch.tensor((frame or loaded.frame) == "unit"))
         self.region = region
+        if released_sampling and self.frame == "unit":
+            raise ConfigError(
+                f"`released_sampling` counts distances from the camera, but the weights of '{name}' "
+                f"({loaded.source['source']}) see clouds moved to their centroid: set it to false, or take weights of "
+                f"frame 'camera'"
+            )
         self.skip = RELEASED_SKIP if released_sampling else None
         self.channels = self.network.channels
         self.requires_grad_(False)
@@ -152,7 +158,8 @@ class PointBackbone(nn.Module):
             used.append(b)
         features = xyz.new_zeros(B, self.groups, self.channels)
         if used:
-            features[used] = self.network(torch.stack(groups), torch.stack(centres)).to(features.dtype)
+            with torch.autocast(xyz.device.type, enabled=False):  # halves would round metres to the size of a group
+                features[used] = self.network(torch.stack(groups), torch.stack(centres)).to(features.dtype)
         return {"groups": features, "near": near, "share": share}
 
     def settings(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +90,16 @@ class BTFConfig:
         _require(len(self.features) >= 1, "features", "one or more names", self.features)
         _require(set(self.features) <= set(known), "features", f"names out of {', '.join(known)}", self.features)
         _require(len(set(self.features)) == len(self.features), "features", "different names", self.features)
+        choices: dict[str, tuple[str, ...]] = {
+            "depth_from": ("xyz", "depth"),
+            "points": ("valid", "foreground"),
+            "scale_fusion": ("none", "std"),
+            "image_score": ("top_mean", "max_map", "reweighted"),
+            "reweight": get_args(Reweighting),
+            "blur": get_args(Blur),
+        }
+        for field, allowed in choices.items():
+            _require(getattr(self, field) in allowed, field, f"one of {', '.join(allowed)}", getattr(self, field))
         for field in ("grid", "bank_limit", "point_step", "n_reweight"):
             value = getattr(self, field)
             _require(value is None or value >= 1, field, "at least 1", value)
@@ -180,6 +190,13 @@ class BTF(Detector):
                 cells[name] = self._image_cells(name, self._depth_image(batch))
         features = {f"{name}.cells": cells[name].float() for name in self.config.features}
         return {**features, "valid": batch.valid, "foreground": batch.foreground}
+
+    def extraction_settings(self) -> dict[str, Any]:
+        """How cells are made; banks and scores of other settings share them."""
+        c = self.config
+        said = ("depth_from", "grid", "reductions", "k_normal", "k_fpfh", "radius_normal", "radius_fpfh", "points")
+        made = {field: getattr(c, field) for field in (*said, "point_step", "backbone")}
+        return {"detector": "BTF", "features": sorted(c.features), **made}
 
     def stages(self) -> Sequence[Stage]:
         """Measure the features' spread if asked to, fill the bank, then measure its level on validation parts."""

@@ -86,6 +86,8 @@ class CFMConfig:
             value = getattr(self, field)
             _require(value is None or value >= 1, field, "at least 1, or null", value)
         _require(self.blur_sigma >= 0, "blur_sigma", "0 or more pixels", self.blur_sigma)
+        cut = self.blocks_kept is None or self.point_layers is None or max(self.point_layers) < self.blocks_kept
+        _require(cut, "point_layers", f"below `blocks_kept`, {self.blocks_kept}", self.point_layers)
         pair = self.checkpoint is None or len(self.checkpoint) == 2
         _require(pair, "checkpoint", "two files, one per direction, or null", self.checkpoint)
         choices = {"mapper": tuple(HIDDEN_LAYERS), "fusion": get_args(Fusion), "blur": get_args(Blur)}
