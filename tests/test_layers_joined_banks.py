@@ -11,8 +11,9 @@ from torch.nn import functional as F
 from torch.testing import assert_close
 
 from polyspect.errors import ConfigError, NotFittedError
+from polyspect.layers.coreset import l1_coreset
 from polyspect.layers.decision import DecisionLayer
-from polyspect.layers.distances import Metric, MetricBank, l1_coreset
+from polyspect.layers.distances import Metric, MetricBank
 from polyspect.layers.joined_banks import Banks, Decisions, Patches
 from polyspect.layers.memory import MemoryBank
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from ..errors import ConfigError, NotFittedError
 from ..samples import check_shapes
+from .coreset import l1_coreset
 from .memory import MemoryBank, nearest
 
 Metric = Literal["l2", "l1", "cos"]
@@ -59,37 +60,6 @@ def distances_to(queries: Tensor, rows: Tensor, metric: Metric = "l2") -> Tensor
     if metric == "cos":
         return (F.normalize(rows, dim=2) - F.normalize(queries, dim=1)[:, None]).square().sum(2) / 2
     return torch.linalg.vector_norm(rows - queries[:, None], ord=1 if metric == "l1" else 2, dim=2)
-
-
-def l1_coreset(x: Tensor, size: int, start: int = 0, *, progress: Callable[[int, int], None] | None = None) -> Tensor:
-    """`size` rows of `x` (N, D), each next one the farthest by ``l1`` from all before it; ties go to the lower index.
-
-    One pass over `x` per choice; a row is chosen once only.
-
-    Args:
-        size: 1..N.
-        start: Index of the first choice.
-        progress: Called as ``progress(chosen, size)`` after each choice.
-
-    Returns:
-        int64 (size,), in the order of choice.
-
-    Raises:
-        ConfigError: `size` or `start` out of range.
-    """
-    check_shapes(x=(x, "N D"))
-    if not (1 <= size <= len(x) and 0 <= start < len(x)):
-        raise ConfigError(f"a coreset of {size} rows from row {start} on was asked for, but there are {len(x)} rows")
-    order = torch.full((size,), start, dtype=torch.int64, device=x.device)
-    bound = x.new_full((len(x),), torch.inf)
-    for count in range(1, size):
-        newest = order[count - 1]
-        bound = torch.minimum(bound, torch.cdist(x, x[newest][None], p=1.0)[:, 0])
-        bound[order[:count]] = -1.0
-        order[count] = (bound == bound.max()).to(torch.uint8).argmax()  # the first of equals on every device
-        if progress is not None:
-            progress(count + 1, size)
-    return order
 
 
 class MetricBank(MemoryBank):
