@@ -2,6 +2,7 @@
 
 import pickle
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +191,10 @@ def test_a_published_command_line_is_read_and_other_objects_are_not(tmp_path: Pa
     assert torch.equal(load_state(tmp_path / "uff.pth")["w"], state["w"])
     torch.save({"model": state, "best_metrics": {"acc": np.float64(0.5)}}, tmp_path / "bert.pth")
     assert read_file(tmp_path / "bert.pth")["best_metrics"] == {"acc": 0.5}
+    with zipfile.ZipFile(tmp_path / "bert.pth") as new, zipfile.ZipFile(tmp_path / "numpy1.pth", "w") as old:
+        for name in new.namelist():  # as numpy 1 called the module
+            old.writestr(name, new.read(name).replace(b"numpy._core.multiarray", b"numpy.core.multiarray"))
+    assert read_file(tmp_path / "numpy1.pth")["best_metrics"] == {"acc": 0.5}
     torch.save({"model": state, "args": argparse.Namespace(lr=Fraction(1, 3))}, tmp_path / "odd.pth")
     with pytest.raises(WeightsError, match="never run"):
         read_file(tmp_path / "odd.pth")

@@ -74,12 +74,23 @@ def _settings_allowed() -> AbstractContextManager[Any]:
 
 
 def _numpy_numbers() -> list[Any]:
-    """What a pickled float64 of numpy, such as the record of a metric, is made of, under the old and the new name."""
+    """What a pickled float64 of numpy, such as the record of a metric, is made of.
+
+    The function that makes it bears the module's name of numpy 1 or 2, whichever wrote the file. Torch before 2.6 takes
+    no other names for a function than its own, so there is one for each.
+    """
     import numpy as np
 
-    scalar, dtype = np.float64(0).__reduce__()[0], np.dtype(np.float64)
-    names = [f"numpy.{core}.multiarray.scalar" for core in ("core", "_core")]
-    return [*((scalar, name) for name in names), np.dtype, type(dtype)]
+    make: Any = np.float64(0).__reduce__()[0]
+
+    def named(module: str) -> Any:
+        def scalar(*data: Any) -> Any:
+            return make(*data)
+
+        scalar.__module__, scalar.__qualname__ = module, "scalar"
+        return scalar
+
+    return [named("numpy.core.multiarray"), named("numpy._core.multiarray"), np.dtype, type(np.dtype(np.float64))]
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
